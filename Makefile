@@ -1,0 +1,28 @@
+# Each target sets up .venv by itself; the first run downloads about 2.5 GB.
+PY := .venv/bin/python
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+
+.PHONY: demo test lint types setup clean help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+setup:  ## create .venv (CPU build)
+	@scripts/setup.sh
+
+demo: setup  ## the whole job on small models: dump two levels, train down the cascade, write the report
+	@$(PY) -m scripts.demo
+
+test: setup  ## all tests
+	@$(PY) -m pytest
+
+lint: setup  ## ruff
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+types: setup  ## mypy, strict
+	@$(PY) -m mypy
+
+clean:  ## remove what the demo and the benchmarks made
+	rm -rf zarr runs build

@@ -1,0 +1,63 @@
+"""Every error cascache raises on purpose, grouped by what the reader would do about it.
+
+    CascacheError
+    ├── ConfigError (ValueError)        mend the settings
+    ├── DataError (ValueError)          mend the input
+    ├── EngineError (RuntimeError)      mend the teacher's environment
+    ├── CacheError (OSError)            the cache on disk
+    │   ├── PartMissing                 dump that part
+    │   └── PartCorrupt                 dump that part again
+    ├── MismatchError (ValueError)      two healthy things that do not fit
+    └── TrainingError (RuntimeError)    the run itself broke: a NaN, a lost worker
+
+A message says what was found, what was wanted, where, and what to do next.
+"""
+
+
+class CascacheError(Exception):
+    """Root of the tree; command lines print it without a traceback and exit with 2."""
+
+
+class ConfigError(CascacheError, ValueError):
+    """A setting is unknown, out of range or contradicts another: mend the settings."""
+
+
+class DataError(CascacheError, ValueError):
+    """A sample or image cannot be used: mend the input. Carries a one-word `reason`."""
+
+    def __init__(self, message: str, *, reason: str = "data") -> None:
+        """Store the message and the word that quarantine counts by."""
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Stay picklable with the keyword: worker processes raise it too."""
+        return (_data_error, (str(self), self.reason))
+
+
+def _data_error(message: str, reason: str) -> DataError:
+    return DataError(message, reason=reason)
+
+
+class EngineError(CascacheError, RuntimeError):
+    """The teacher's engine is missing, untested or answered wrongly."""
+
+
+class CacheError(CascacheError, OSError):
+    """Something about a cache on disk."""
+
+
+class PartMissing(CacheError):
+    """A part is not sealed: dump it."""
+
+
+class PartCorrupt(CacheError):
+    """A part's bytes are not what was sealed: dump it again."""
+
+
+class MismatchError(CascacheError, ValueError):
+    """Two healthy things that do not fit each other; the message names the differing fields."""
+
+
+class TrainingError(CascacheError, RuntimeError):
+    """The run cannot go on: a loss is not finite, or a checkpoint belongs to another recipe."""
