@@ -9,14 +9,14 @@
 Two manifests with equal `identity` fields may share a cache; `LOCATION_FIELDS` may differ.
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from schemas.base import Frozen
 
-FORMAT_NAME = "cascache"
-FORMAT_VERSION = 1
+FORMAT_NAME: Final = "cascache"
+FORMAT_VERSION: Final = 1
 
 LOCATION_FIELDS = frozenset({"tools", "data_source"})
 """Manifest fields that say where and with what a cache was made, not what it is."""
