@@ -1,0 +1,143 @@
+"""Settings, one way for every command: a frozen model, a TOML table, flags; flags win.
+
+    defaults in the model  <  [section] of cascache.toml  <  flags
+
+The model is the only list of settings there is: its fields become flags (`max_len` -> `--max-len`),
+its attribute docstrings the help text, its bounds the checks. A tuple field may be given several times.
+"""
+
+import argparse
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
+
+from common.errors import ConfigError
+
+DEFAULT_FILE = "cascache.toml"
+"""Read from the working directory when it is there and no other file is named."""
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_settings(
+    model: type[Model],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    section: str | None = None,
+    epilog: str | None = None,
+) -> Model:
+    """Read a command's settings from its defaults, the TOML file and its flags.
+
+    Args:
+        model: Frozen pydantic model whose fields are the settings.
+        argv: Arguments without the program's name.
+        prog: Name shown in the help text.
+        section: Table of the TOML file; `prog` when not given.
+        epilog: Text below the list of flags, such as examples.
+
+    Raises:
+        ConfigError: An unknown or invalid setting, in the file or among the flags.
+        SystemExit: `--help`, or flags that argparse itself refuses.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=model.__doc__,
+        epilog=epilog,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", default=None, help=f"TOML file with a [{section or prog}] table"
+    )
+    source = _flags(model, parser)
+    arguments = parser.parse_args(list(argv))
+    flags: dict[str, Any] = dict(source(parsed_args=arguments)())
+    table = read_table(arguments.config, section or prog)
+    _refuse_unknown(model, table, arguments.config or DEFAULT_FILE, section or prog)
+    return _validate(model, {**table, **flags}, prog)
+
+
+def read_table(path: str | None, section: str) -> dict[str, Any]:
+    """Return one table of a TOML file with its keys in field spelling.
+
+    Args:
+        path: The file; None means `cascache.toml` here, or nothing if there is none.
+        section: Name of the table.
+
+    Raises:
+        ConfigError: The named file is missing, or is not TOML.
+    """
+    file = Path(path or DEFAULT_FILE)
+    if not file.exists():
+        if path is None:
+            return {}
+        raise ConfigError(f"settings file {file} does not exist; name another with --config")
+    try:
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{file} is not valid TOML: {error}; mend it or name another with --config"
+        ) from error
+    table = tables.get(section, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{file}: [{section}] is a {type(table).__name__}, wanted a table of settings")
+    return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def _flags(model: type[BaseModel], parser: argparse.ArgumentParser) -> CliSettingsSource[Any]:
+    class Flags(BaseSettings, model):  # type: ignore[valid-type, misc]
+        model_config = SettingsConfigDict(
+            cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True, cli_avoid_json=True
+        )
+
+    return CliSettingsSource(
+        Flags, root_parser=parser, case_sensitive=True, add_argument_method=_add_argument
+    )
+
+
+def _add_argument(parser: Any, *names: str, **options: Any) -> Any:
+    """Add a flag with a metavar that a person would write."""
+    metavar = options.get("metavar")
+    if isinstance(metavar, str) and not metavar.startswith("{"):
+        options["metavar"] = _METAVARS.get(metavar, metavar.split("[")[0].upper())
+    return parser.add_argument(*names, **options)
+
+
+_METAVARS = {
+    "int": "N",
+    "float": "X",
+    "str": "TEXT",
+    "tuple[str,...]": "TEXT",
+    "dict[str,str]": "KEY=VALUE",
+    "dict[str,JSON]": "KEY=VALUE",
+}
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=100)
+
+
+def _refuse_unknown(model: type[BaseModel], table: Mapping[str, Any], file: str, section: str) -> None:
+    for key in table:
+        if key not in model.model_fields:
+            near = difflib.get_close_matches(key, model.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(model.model_fields)}"
+            raise ConfigError(f"{file} [{section}] has an unknown setting {key!r}; {hint}")
+
+
+def _validate(model: type[Model], values: Mapping[str, Any], prog: str) -> Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors(include_url=False):
+            flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+            problems.append(f"{flag}: {problem['msg']} (found {problem['input']!r})")
+        raise ConfigError(f"{'; '.join(problems)}; see {prog} --help") from error
