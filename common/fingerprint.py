@@ -1,0 +1,153 @@
+"""Fingerprints: equal means compatible. They are taken from behaviour, not from names.
+
+    tokenizer        id of every token + ids of a probe text + the special tokens
+    chat template    the template rendered on probe conversations
+    image processor  the settings that change pixels or the number of image tokens
+    weights          every weight file's bytes
+
+So the same tokenizer under another name, or saved by another library version, fits; another
+vocabulary, template or image size does not.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+from schemas.manifest import Fingerprints
+
+_PROBE_TEXT = (
+    "The quick brown fox: 3.14159 + 42 = ?\n\tÄpfel, naïve — “quoted” … 你好，世界 123 日本語 🙂\n"
+    "  two  spaces   and\r\nCRLF; don't, I'LL; <b>html</b> x_y-z @user #tag https://a.b/c?d=e"
+)
+
+_PROBE_CONVERSATIONS = (
+    [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}],
+    [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+        {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+    ],
+)
+
+_PIXEL_SETTINGS = (
+    "crop_size",
+    "do_center_crop",
+    "do_convert_rgb",
+    "do_normalize",
+    "do_pad",
+    "do_rescale",
+    "do_resize",
+    "image_grid_pinpoints",
+    "image_mean",
+    "image_std",
+    "max_pixels",
+    "merge_size",
+    "min_pixels",
+    "pad_size",
+    "patch_size",
+    "resample",
+    "rescale_factor",
+    "size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+)
+
+_TOKEN_COUNT_SETTINGS = (
+    "image_token",
+    "num_additional_image_tokens",
+    "num_image_tokens",
+    "patch_size",
+    "vision_aspect_ratio",
+    "vision_feature_select_strategy",
+)
+
+_CHUNK_BYTES = 1 << 20
+
+
+def fingerprints(processor: Any) -> Fingerprints:
+    """Return what a student must match to train from a cache dumped with `processor`.
+
+    Args:
+        processor: A transformers multi-modal processor with `tokenizer` and `image_processor`.
+    """
+    return Fingerprints(
+        tokenizer=tokenizer_fingerprint(processor.tokenizer),
+        chat_template=chat_template_fingerprint(processor),
+        image_processor=image_processor_fingerprint(processor),
+    )
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash every (id, token), the special tokens and the ids of a probe text."""
+    vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    specials = sorted(set(tokenizer.all_special_ids))
+    probe = tokenizer(_PROBE_TEXT, add_special_tokens=False).input_ids
+    return _hash_json([vocabulary, specials, tokenizer.eos_token_id, list(probe)])
+
+
+def chat_template_fingerprint(processor: Any) -> str:
+    """Hash the template rendered on probe conversations, with and without the generation prompt."""
+    render = processor.apply_chat_template
+    return _hash_json(
+        [
+            render(conversation, tokenize=False, add_generation_prompt=prompt)
+            for conversation in _PROBE_CONVERSATIONS
+            for prompt in (False, True)
+        ]
+    )
+
+
+def image_processor_fingerprint(processor: Any) -> str:
+    """Hash the settings that change pixels or the number of image tokens, and nothing else."""
+    images = processor.image_processor.to_dict()
+    settings = {name: images[name] for name in _PIXEL_SETTINGS if images.get(name) is not None}
+    counts = {name: getattr(processor, name, None) for name in _TOKEN_COUNT_SETTINGS}
+    return _hash_json([_plain(settings), _plain({k: v for k, v in counts.items() if v is not None})])
+
+
+def weights_sha256(directory: Path) -> str:
+    """Hash a model directory's weight files, in name order.
+
+    Args:
+        directory: A local model directory, or the snapshot directory of a hub model.
+
+    Raises:
+        ConfigError: The directory holds no weight file.
+    """
+    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    if not files:
+        raise ConfigError(f"{directory} holds no *.safetensors or *.bin weights; is it a model directory?")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        for chunk in _chunks(file):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _plain(value: Any) -> Any:
+    """Reduce a settings object to JSON types, so that classes and enums of a library do not matter."""
+    if isinstance(value, Mapping) or hasattr(value, "items"):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, int | float):
+        return round(float(value), 8)
+    return str(value)
+
+
+def _hash_json(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
