@@ -15,9 +15,9 @@ from common.fingerprint import fingerprints
 from schemas.manifest import Manifest
 
 _CURES = {
-    "tokenizer": "dump again with a teacher of the student's tokenizer, or choose a student of this family",
-    "chat_template": "give the student the teacher's chat_template.jinja, or dump again with the student's",
-    "image_processor": "give the student the teacher's preprocessor settings, or dump again with the student's",
+    "tokenizer": "choose a student of the teacher's family, or dump with a teacher of the student's",
+    "chat_template": "give the student the teacher's chat_template.jinja, or dump with the student's",
+    "image_processor": "give the student the teacher's image settings, or dump with the student's",
 }
 
 
@@ -50,7 +50,7 @@ def check_fit(manifest: Manifest, processor: Any, *, vocab_rows: int) -> Fit:
     notes = []
     if vocab_rows < manifest.vocab_size:
         problems.append(
-            f"the student's head has {vocab_rows} rows, the cache's vocabulary {manifest.vocab_size} real tokens; "
+            f"the student's head has {vocab_rows} rows, the cache {manifest.vocab_size} real tokens; "
             f"choose a student with a head at least that large"
         )
     elif vocab_rows != manifest.vocab_rows:
