@@ -1,0 +1,298 @@
+"""A sample as its model reads it: rendered once, tokenised once, every position accounted for.
+
+    Sample ──render──> text, response character ranges      the processor's own chat template
+           ──tokenise─> prompt ids, one image token an image offsets tell which tokens answer
+           ──expand──> token ids as the teacher sees them   spans and patch tiles per image
+
+A response runs from the generation prompt to the end of its turn, the end-of-turn token included and
+the white space after it not. It is found by rendering prefixes of the conversation, so the template
+must be prefix-consistent; one that rewrites earlier turns is refused.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import ConfigError, DataError
+from common.grids import ImageLayout, image_layout
+from common.spans import expand, fill_prompt
+from schemas.sample import Sample, Span, Tile, Turn
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInput:
+    """What the prompt needs to know of an image."""
+
+    sha256: str
+    """Hash of the encoded file's bytes."""
+    height: int
+    """Pixels."""
+    width: int
+    """Pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Where an image stands in the expanded sequence."""
+
+    key: str
+    """32 hex digits over the prefix up to its end, image hashes included: equal key, equal knowledge."""
+    sha256: str
+    """Hash of the encoded file's bytes."""
+    start: int
+    """First position."""
+    stop: int
+    """One past the last position."""
+    tiles: tuple[Tile, ...]
+    """Its patch grids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A sample in the model's terms. Axes: M prompt ids, T positions."""
+
+    sample_id: str
+    """The sample."""
+    prompt_ids: NDArray[np.int32]
+    """[M] ids with one image token an image."""
+    token_ids: NDArray[np.int32]
+    """[T] the expanded sequence the model is expected to see."""
+    spans: tuple[Span, ...]
+    """Image, prompt and response spans, covering the sequence in order."""
+    images: tuple[ImageSpan, ...]
+    """One per image, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    """The whole conversation under the chat template."""
+    responses: tuple[tuple[int, int], ...]
+    """Character ranges of the responses, end-of-turn token included."""
+
+
+def load_processor(path: str, *, revision: str | None = None) -> Any:
+    """The transformers processor of a model directory or hub id.
+
+    Raises:
+        ConfigError: There is no processor, no chat template, or no fast tokenizer.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"{path} holds no processor that transformers can load ({error}); point at a vision-language "
+            "model directory with tokenizer, chat template and preprocessor_config.json"
+        ) from error
+    check_processor(processor, path)
+    return processor
+
+
+def check_processor(processor: Any, path: str) -> None:
+    """Refuse a processor that cannot render, tokenise with offsets, or mark images.
+
+    Raises:
+        ConfigError: What is missing, and where it was looked for.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or getattr(processor, "image_processor", None) is None:
+        raise ConfigError(
+            f"{path} is no vision-language model: {type(processor).__name__} lacks tokenizer or images"
+        )
+    if not processor.chat_template:
+        raise ConfigError(f"{path} has no chat template; add chat_template.jinja beside its tokenizer")
+    if not tokenizer.is_fast:
+        raise ConfigError(f"{path} has only a slow tokenizer, which gives no offsets; add tokenizer.json")
+    if not isinstance(getattr(processor, "image_token", None), str):
+        raise ConfigError(f"{path}: {type(processor).__name__} names no image token")
+
+
+def to_prompt(
+    processor: Any, sample: Sample, images: Sequence[ImageInput], *, max_len: int | None = None
+) -> Prompt:
+    """The whole conversation with its responses: what a teacher scores and a student learns.
+
+    Args:
+        processor: A processor that passed `check_processor`.
+        sample: The example; every assistant turn is a response.
+        images: Its images, in `sample.images` order.
+        max_len: Longest expanded sequence, or None.
+
+    Raises:
+        DataError: With a `reason` for quarantine: `image-marks`, `empty-response`, `template`,
+            `too-long`, `image-size`.
+    """
+    _check_turns(sample)
+    return _assemble(processor, sample, images, render(processor, sample), max_len)
+
+
+def to_question(
+    processor: Any, sample: Sample, images: Sequence[ImageInput], *, max_len: int | None = None
+) -> Prompt:
+    """The conversation up to its last assistant turn, ready to generate: no response spans.
+
+    Raises:
+        DataError: As `to_prompt`, or `no-question` when nothing precedes the answer.
+    """
+    turns = sample.turns
+    last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
+    asked = sample.model_copy(update={"turns": turns[:last]})
+    if not asked.turns:
+        raise DataError(
+            f"{sample.sample_id}: no turn precedes the answer; add a question", reason="no-question"
+        )
+    text = _render(processor, to_messages(asked), sample.sample_id, add_generation_prompt=True)
+    return _assemble(processor, asked, images, Rendered(text, ()), max_len)
+
+
+def to_messages(sample: Sample) -> list[dict[str, Any]]:
+    """Chat messages in the form that transformers' templates read."""
+    return [{"role": turn.role, "content": [_content(part) for part in turn.parts]} for turn in sample.turns]
+
+
+def render(processor: Any, sample: Sample) -> Rendered:
+    """The conversation's text, and where its responses lie in it.
+
+    Raises:
+        DataError: The template is not prefix-consistent, or hides a response (`reason="template"`).
+    """
+    messages = to_messages(sample)
+    text = _render(processor, messages, sample.sample_id)
+    ranges = []
+    for index, turn in enumerate(sample.turns):
+        if turn.role != "assistant":
+            continue
+        before = _render(processor, messages[:index], sample.sample_id, add_generation_prompt=True)
+        after = _render(processor, messages[: index + 1], sample.sample_id)
+        if not (after.startswith(before) and text.startswith(after.rstrip())):
+            raise DataError(
+                f"{sample.sample_id}: the chat template renders turn {index} differently once more "
+                "turns follow, so its response cannot be located; use a template that only appends",
+                reason="template",
+            )
+        answer = after[len(before) :].rstrip()
+        if _text(turn).strip() not in answer:
+            raise DataError(
+                f"{sample.sample_id}: the chat template does not show the response "
+                f"{_text(turn)[:40]!r} verbatim; use a template that does",
+                reason="template",
+            )
+        ranges.append((len(before), len(before) + len(answer)))
+    return Rendered(text, tuple(ranges))
+
+
+def _render(processor: Any, messages: list[dict[str, Any]], where: str, **options: bool) -> str:
+    from jinja2 import TemplateError
+
+    if not messages and not options.get("add_generation_prompt"):
+        return ""
+    try:
+        return str(processor.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, IndexError) as error:
+        raise DataError(
+            f"{where}: the chat template refuses the conversation: {error}", reason="template"
+        ) from error
+
+
+def _content(part: str | int) -> dict[str, str]:
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+
+
+def _text(turn: Turn) -> str:
+    return "".join(part for part in turn.parts if isinstance(part, str))
+
+
+def _check_turns(sample: Sample) -> None:
+    answers = [_text(turn) for turn in sample.turns if turn.role == "assistant"]
+    if not answers or not all(answer.strip() for answer in answers):
+        found = "no assistant turn" if not answers else "an empty assistant turn"
+        raise DataError(
+            f"{sample.sample_id}: {found}; every sample needs a response to score", reason="empty-response"
+        )
+
+
+def _check_marks(sample: Sample, num_images: int, num_marks: int, token: str) -> None:
+    order = [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]
+    if order != list(range(num_images)) or len(sample.images) != num_images:
+        raise DataError(
+            f"{sample.sample_id}: turns mark images {order}, {num_images} images are given; mark each image "
+            "once, in order",
+            reason="image-marks",
+        )
+    if num_marks != num_images:
+        raise DataError(
+            f"{sample.sample_id}: the rendered text holds {num_marks} image tokens {token!r} for "
+            f"{num_images} images; take the token out of the text, or use a template that shows every image",
+            reason="image-marks",
+        )
+
+
+def _tokenise(processor: Any, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """[M] ids and [M, 2] character offsets; the beginning-of-sequence token exactly once."""
+    tokenizer = processor.tokenizer
+    rendered_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    encoded = tokenizer(text, add_special_tokens=not rendered_bos, return_offsets_mapping=True)
+    return np.asarray(encoded["input_ids"], np.int32), np.asarray(
+        encoded["offset_mapping"], np.int64
+    ).reshape(-1, 2)
+
+
+def _assemble(
+    processor: Any, sample: Sample, images: Sequence[ImageInput], rendered: Rendered, max_len: int | None
+) -> Prompt:
+    ids, offsets = _tokenise(processor, rendered.text)
+    marks = np.flatnonzero(ids == processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+    _check_marks(sample, len(images), len(marks), processor.image_token)
+    layouts = [image_layout(processor, each.height, each.width, num_images=len(images)) for each in images]
+    token_ids, starts = expand(ids, marks, [layout.num_positions for layout in layouts])
+    if max_len is not None and len(token_ids) > max_len:
+        raise DataError(
+            f"{sample.sample_id}: {len(token_ids)} positions, --max-len is {max_len}; "
+            "raise it or shorten the sample",
+            reason="too-long",
+        )
+    shown = _image_spans(token_ids, [int(starts[mark]) for mark in marks], images, layouts)
+    spans = [Span(kind="image", start=each.start, stop=each.stop) for each in shown]
+    spans += [_response(sample, offsets, starts, chars) for chars in rendered.responses]
+    spans.sort(key=lambda span: span.start)
+    return Prompt(sample.sample_id, ids, token_ids, fill_prompt(spans, len(token_ids)), shown)
+
+
+def _response(
+    sample: Sample, offsets: NDArray[np.int64], starts: NDArray[np.int64], chars: tuple[int, int]
+) -> Span:
+    """Tokens that begin inside the character range; special tokens added outside the text do not count."""
+    inside = np.flatnonzero(
+        (offsets[:, 0] >= chars[0]) & (offsets[:, 0] < chars[1]) & (offsets[:, 1] > offsets[:, 0])
+    )
+    if not len(inside) or inside[0] == 0:
+        raise DataError(
+            f"{sample.sample_id}: no token lies in the response; the text before it swallows it",
+            reason="template",
+        )
+    return Span(kind="response", start=int(starts[inside[0]]), stop=int(starts[inside[-1] + 1]))
+
+
+def _image_spans(
+    token_ids: NDArray[np.int32],
+    starts: Sequence[int],
+    images: Sequence[ImageInput],
+    layouts: Sequence[ImageLayout],
+) -> tuple[ImageSpan, ...]:
+    prefix = hashlib.sha256()
+    spans, at = [], 0
+    for start, image, layout in zip(starts, images, layouts, strict=True):
+        stop = start + layout.num_positions
+        prefix.update(token_ids[at:stop].astype("<i4").tobytes())
+        prefix.update(bytes.fromhex(image.sha256))
+        spans.append(ImageSpan(prefix.hexdigest()[:32], image.sha256, start, stop, layout.tiles))
+        at = stop
+    return tuple(spans)
