@@ -16,6 +16,8 @@ pip install --quiet torch==2.13.0+cpu || {
     exit 2
 }
 pip install --quiet --constraint constraints-cpu.txt --editable '.[teacher-cpu,student,data,dev]'
+# Without CUDA these have no use, and torchcodec fails to load where vLLM does not expect it.
+pip uninstall --quiet --yes torchcodec torchaudio triton 2>/dev/null || true
 # The published torchvision wheel is built for CUDA; under a CPU torch it needs two operator names declared first.
 # A .pth file, because the engine starts Python processes of its own.
 site=$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')
