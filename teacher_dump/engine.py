@@ -1,0 +1,268 @@
+"""The only door to vLLM: start it, hand it a wave of samples, take out what the capture kept.
+
+    with Engine(settings) as engine:
+        results = engine.run(submissions)       one Captured per submission, in order
+
+A wave is submitted whole and drained whole, so the batches that vLLM forms depend on the samples
+alone and a rerun gives the same bits (with the engine in this process; see `EngineSettings.inside`).
+
+The engine names each image by the hash of the very pixels it hands to vLLM, and the capture refuses
+a sample whose images are not the ones that its prompt was made from.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from common.chat import Prompt
+from common.errors import ConfigError, EngineError
+from teacher_dump.request import EXTRA_ARG, Captured, CaptureRequest, CaptureSettings
+from teacher_dump.seams import TESTED_VLLM
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+_EXTENSION = "teacher_dump.capture.CaptureExtension"
+_OWNED_ARGUMENTS = frozenset({"model", "worker_extension_cls", "mm_processor_kwargs", "max_logprobs"})
+
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM's own choice is 92 % of the memory
+    "TORCHDYNAMO_DISABLE": "1",  # eager anyway; saves the compiler's start-up
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How to start vLLM."""
+
+    model: str
+    """Directory or hub id."""
+    revision: str | None
+    """Of a hub id."""
+    dtype: str
+    """`float32`, `bfloat16` or `float16`; never `auto`."""
+    max_len: int
+    """Longest expanded sequence that will be submitted."""
+    capture: CaptureSettings
+    """What to keep."""
+    max_num_seqs: int = 64
+    """Samples computed at a time."""
+    max_num_batched_tokens: int | None = None
+    """Positions a step; None chooses one that holds a whole sample."""
+    tensor_parallel: int = 1
+    """Devices a layer is spread over."""
+    pipeline_parallel: int = 1
+    """Groups of devices that layers are spread over."""
+    inside: bool | None = None
+    """Run in this process (a rerun gives the same bits; dies with it); None: on a CPU with one worker."""
+    seed: int = 0
+    """vLLM's seed; nothing is sampled."""
+    any_version: bool = False
+    """Start a vLLM that was not tested."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further vLLM engine arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One sample, ready to compute."""
+
+    request: CaptureRequest
+    """What to keep, and what the worker must find."""
+    prompt: Prompt
+    """Its tokens."""
+    pixels: tuple["Image", ...]
+    """Its images, decoded."""
+
+
+def pixel_identity(pixels: "Image") -> str:
+    """Hex digest of an image's decoded pixels, mode and size."""
+    digest = hashlib.sha256(f"{pixels.mode} {pixels.size}".encode())
+    digest.update(pixels.tobytes())
+    return digest.hexdigest()
+
+
+class Engine:
+    """vLLM with the capture installed."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self._llm: Any = None
+        self.runner = ""
+        self.dtype = ""
+
+    def __enter__(self) -> Self:
+        """Start vLLM.
+
+        Raises:
+            EngineError: It is missing, untested, or lacks what the capture hooks.
+            ConfigError: It refuses the settings.
+        """
+        vllm = _import_vllm(any_version=self.settings.any_version)
+        arguments = self._arguments()
+        try:
+            self._llm = vllm.LLM(**arguments)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"vLLM refuses {self.settings.model} with these settings: {error}") from error
+        except (RuntimeError, OSError, MemoryError) as error:
+            raise EngineError(
+                f"vLLM could not start {self.settings.model}: {error}; VLLM_LOGGING_LEVEL=INFO shows its log"
+            ) from error
+        answers = self._llm.collective_rpc("cascache_install", args=(asdict(self.settings.capture),))
+        for answer in answers:
+            if "problem" in answer:
+                self.close()
+                raise EngineError(answer["problem"])
+        self.runner, self.dtype = answers[0]["runner"], answers[0]["dtype"]
+        log.info("vLLM %s runs %s on its %s runner", vllm.__version__, self.settings.model, self.runner)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop vLLM."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop vLLM and its processes; harmless twice."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            with contextlib.suppress(AttributeError):
+                llm.llm_engine.engine_core.shutdown()
+
+    def run(self, submissions: Sequence[Submission]) -> list[Captured]:
+        """Compute a wave of samples.
+
+        Returns:
+            One result per submission, in order; a refused one carries its problem.
+
+        Raises:
+            EngineError: vLLM itself broke.
+        """
+        refused: dict[str, Captured] = {}
+        submitted: list[Submission] = []
+        for each in submissions:
+            try:
+                self._submit(each)
+                submitted.append(each)
+            except (ValueError, TypeError) as error:
+                refused[each.request.key] = Captured(each.request.key, str(error), "engine-refused")
+        try:
+            outputs = self._llm.wait_for_completion(use_tqdm=False) if submitted else []
+            drained = self._llm.collective_rpc("cascache_drain")
+        except RuntimeError as error:
+            raise EngineError(
+                f"vLLM stopped while computing: {error}; run the same command again to go on"
+            ) from error
+        finished = {each["key"]: Captured.from_wire(each) for rank in drained for each in rank}
+        for each, output in zip(submitted, outputs, strict=True):
+            finished.setdefault(
+                each.request.key, Captured(each.request.key, "the capture gave no answer", "rows-missing")
+            )
+            found = np.asarray(output.prompt_token_ids, np.int32)
+            if finished[each.request.key].problem is None and not np.array_equal(
+                found, each.prompt.token_ids
+            ):
+                finished[each.request.key] = Captured(
+                    each.request.key, _differ(found, each.prompt), "prompt-mismatch"
+                )
+        return [refused.get(each.request.key) or finished[each.request.key] for each in submissions]
+
+    def _submit(self, submission: Submission) -> None:
+        from vllm import SamplingParams
+
+        prompt: dict[str, Any] = {"prompt_token_ids": submission.prompt.prompt_ids.tolist()}
+        if submission.pixels:
+            prompt["multi_modal_data"] = {"image": list(submission.pixels)}
+            prompt["multi_modal_uuids"] = {"image": [pixel_identity(each) for each in submission.pixels]}
+        wanted = any(rows is not None for rows in submission.request.visual_rows)
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            skip_reading_prefix_cache=wanted or None,
+            extra_args={EXTRA_ARG: submission.request.to_extra()},
+        )
+        self._llm.enqueue([prompt], [params], use_tqdm=False)
+
+    def _arguments(self) -> dict[str, Any]:
+        settings = self.settings
+        owned = _OWNED_ARGUMENTS & settings.arguments.keys()
+        if owned:
+            raise ConfigError(f"--engine-arg {sorted(owned)[0]} is set by the dump itself; leave it out")
+        single = settings.tensor_parallel * settings.pipeline_parallel == 1
+        inside = settings.inside if settings.inside is not None else single and _on_cpu()
+        _set_environment(inside=inside, tensor_parallel=settings.tensor_parallel)
+        batched = settings.max_num_batched_tokens or max(4096 if _on_cpu() else 16384, settings.max_len + 1)
+        return {
+            "model": settings.model,
+            "revision": settings.revision,
+            "dtype": settings.dtype,
+            "max_model_len": settings.max_len + 1,
+            "max_num_seqs": settings.max_num_seqs,
+            "max_num_batched_tokens": batched,
+            "tensor_parallel_size": settings.tensor_parallel,
+            "pipeline_parallel_size": settings.pipeline_parallel,
+            "seed": settings.seed,
+            "enforce_eager": True,
+            "enable_prefix_caching": False,
+            "async_scheduling": False,
+            "disable_log_stats": True,
+            "worker_extension_cls": _EXTENSION,
+            **settings.arguments,
+        }
+
+
+def _import_vllm(*, any_version: bool) -> Any:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import vllm
+    except ImportError as error:
+        raise EngineError(
+            f"the teacher needs vLLM, which does not import here ({error}); "
+            "pip install 'cascache[teacher]' for CUDA machines, 'cascache[teacher-cpu]' elsewhere"
+        ) from error
+    release = str(vllm.__version__).split("+")[0]
+    if release not in TESTED_VLLM and not any_version:
+        raise EngineError(
+            f"found vllm {vllm.__version__}, tested {', '.join(TESTED_VLLM)}; install a tested release, "
+            "or try this one with --any-vllm"
+        )
+    return vllm
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _set_environment(*, inside: bool, tensor_parallel: int) -> None:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if inside else "1"
+    if not _on_cpu():
+        return
+    for name, value in _CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if tensor_parallel > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // tensor_parallel)
+        groups = [cores[rank * share % len(cores)] for rank in range(tensor_parallel)]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(core) for core in groups))
+
+
+def _differ(found: "np.ndarray[Any, Any]", prompt: Prompt) -> str:
+    return (
+        f"vLLM computed {len(found)} positions, the processor's prompt has {len(prompt.token_ids)}; "
+        "teacher and processor disagree about this image"
+    )
