@@ -1,6 +1,6 @@
 """A level's identity and the seal of a part: what binds a cache to its teacher, data and encoding.
 
-    Manifest (root group attributes)          PartSeal (parts/00012.seal.json)
+    Manifest (root group attributes)          PartSeal (seals/00012/zarr.json)
       teacher, tokenizer, chat template         part, sample range, counts
       image processor, vocabulary               files: path -> size, sha256
       sample set, capture, relation             worst errors achieved by the encodings
@@ -186,6 +186,8 @@ class PartSeal(Frozen):
 
     part: int = Field(ge=0)
     """Index of the part."""
+    directory: str
+    """Name of the part's directory below `parts/`: its index and a random suffix."""
     identity_sha256: str
     """Hash of the manifest's identity fields: a part of another cache does not fit."""
     first_sample: int = Field(ge=0)

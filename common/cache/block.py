@@ -1,0 +1,293 @@
+"""A block in memory: flat arrays over all its samples, and views of them as records.
+
+sample i ──> token_ids [T], spans, response rows [:, a:b].T, image indices ──> images
+Decoded once per block; `record(i)` copies nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.cache import codec
+from common.errors import PartCorrupt
+from common.record import Record, TopK, VisualRecord
+from schemas.arrays import IMAGE_COLUMNS, KEY_BYTES, SAMPLE_COLUMNS, SHA_BYTES, SPAN_KINDS
+from schemas.manifest import Manifest
+from schemas.sample import Span, Tile
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """All rows of one table of a block, ranks first: [K, N]."""
+
+    positions: NDArray[np.int32]
+    """[N] position of each row in its sample's sequence."""
+    token_ids: NDArray[np.int32]
+    """[K, N] kept ids; 0 in unused slots."""
+    logprobs: NDArray[np.float32]
+    """[K, N] log-probs in nats; −inf in unused slots."""
+    log_tail: NDArray[np.float32]
+    """[H, N] log of the mass outside."""
+    logsumexp: NDArray[np.float32]
+    """[H, N] logsumexp at each temperature."""
+    counts: NDArray[np.int32] | None
+    """[K, N] draws, in the random sampling modes."""
+
+    def topk(self, start: int, stop: int) -> TopK:
+        """Rows `start:stop` as [N, K] views."""
+        return TopK(
+            positions=self.positions[start:stop],
+            token_ids=self.token_ids[:, start:stop].T,
+            logprobs=self.logprobs[:, start:stop].T,
+            log_tail=self.log_tail[:, start:stop].T,
+            logsumexp=self.logsumexp[:, start:stop].T,
+            counts=None if self.counts is None else self.counts[:, start:stop].T,
+        )
+
+
+class Block:
+    """Whole samples, decoded together.
+
+    Args:
+        columns: Array name → its used values, rows last.
+        manifest: Says how to decode and what to refuse.
+        where: Name of the block for messages.
+
+    Raises:
+        PartCorrupt: Lengths, offsets or ids contradict each other.
+    """
+
+    def __init__(self, columns: Mapping[str, Array], manifest: Manifest, where: str) -> None:
+        self.where = where
+        self._columns = columns
+        self._manifest = manifest
+        self.samples = _named(columns["sample_columns"], SAMPLE_COLUMNS, where)
+        self.token_ids: NDArray[np.int32] = columns["sample_tokens"]
+        self.images = _named(
+            columns.get("image_columns", np.zeros((len(IMAGE_COLUMNS), 0), np.int32)), IMAGE_COLUMNS, where
+        )
+        self._offsets = self._check()
+        self.response = self._rows("response")
+        self.visual = self._rows("visual")
+        self._visual: dict[int, VisualRecord] = {}
+
+    def __len__(self) -> int:
+        """Samples in the block."""
+        return len(self.samples["num_tokens"])
+
+    def _check(self) -> dict[str, NDArray[np.int64]]:
+        """Offsets of every ragged column, after proving that they end where the data ends."""
+        samples, images, columns = self.samples, self.images, self._columns
+        positive = np.maximum
+        text = samples["id_bytes"].astype(np.int64) + positive(samples["kind_bytes"], 0)
+        rank, width = (
+            positive(images["rank"], 0).astype(np.int64),
+            positive(images["hidden_width"], 0).astype(np.int64),
+        )
+        sizes = {
+            "sample_text": text,
+            "sample_tokens": samples["num_tokens"],
+            "sample_spans": samples["num_spans"],
+            "sample_images": samples["num_images"],
+            "response_positions": samples["num_rows"],
+            "visual_positions": positive(images["num_rows"], 0),
+            "image_tiles": images["num_tiles"],
+            "image_keys": np.full(len(rank), KEY_BYTES + SHA_BYTES),
+            "image_errors": np.ones(len(rank), np.int64),
+            "image_factor": rank * images["num_positions"],
+            "image_factor_scale": rank,
+            "image_hidden": width * images["num_positions"],
+        }
+        if "image_hidden_scale" in columns:
+            sizes["image_hidden_scale"] = np.where(images["hidden_width"] >= 0, images["num_positions"], 0)
+        offsets = {}
+        for name, counts in sizes.items():
+            ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+            held = columns[name].shape[-1] if name in columns else 0
+            if (counts < 0).any() or ends[-1] != held:
+                raise PartCorrupt(
+                    f"{self.where}: {name} holds {held} values, its counts say {ends[-1]}; dump the part again"
+                )
+            offsets[name] = ends
+        uses = columns.get("sample_images", np.empty(0, np.int32))
+        if len(uses) and not 0 <= uses.min() <= uses.max() < max(len(rank), 1):
+            raise PartCorrupt(
+                f"{self.where}: a sample names an image that the block lacks; dump the part again"
+            )
+        return offsets
+
+    def _rows(self, table: str) -> Rows | None:
+        columns = {
+            k.removeprefix(f"{table}_"): v for k, v in self._columns.items() if k.startswith(f"{table}_")
+        }
+        if "codes" not in columns:
+            return None
+        try:
+            return unpack_rows(columns, self._manifest)
+        except (IndexError, ValueError, KeyError) as error:
+            raise PartCorrupt(
+                f"{self.where}: {table} rows do not decode ({error}); dump the part again"
+            ) from error
+
+    def sample_id(self, index: int) -> str:
+        """Id of the block's `index`-th sample."""
+        start = int(self._offsets["sample_text"][index])
+        return self._text(start, start + int(self.samples["id_bytes"][index]))
+
+    def kind(self, index: int) -> str | None:
+        """Kind of the block's `index`-th sample."""
+        if self.samples["kind_bytes"][index] < 0:
+            return None
+        stop = int(self._offsets["sample_text"][index + 1])
+        return self._text(stop - int(self.samples["kind_bytes"][index]), stop)
+
+    def _text(self, start: int, stop: int) -> str:
+        try:
+            return bytes(self._columns["sample_text"][start:stop]).decode()
+        except UnicodeDecodeError as error:
+            raise PartCorrupt(f"{self.where}: a sample id is not UTF-8; dump the part again") from error
+
+    def _slice(self, name: str, index: int) -> slice:
+        ends = self._offsets[name]
+        return slice(int(ends[index]), int(ends[index + 1]))
+
+    def record(self, index: int) -> Record:
+        """Everything about one sample, as views into the block."""
+        spans = self._columns["sample_spans"][:, self._slice("sample_spans", index)].T.tolist()
+        rows = self._slice("response_positions", index)
+        return Record(
+            sample_id=self.sample_id(index),
+            kind=self.kind(index),
+            token_ids=self.token_ids[self._slice("sample_tokens", index)],
+            spans=tuple(Span(kind=SPAN_KINDS[k], start=a, stop=b) for k, a, b in spans),
+            response=empty_topk(self._manifest)
+            if self.response is None
+            else self.response.topk(rows.start, rows.stop),
+            visual=tuple(self.visual_record(int(i)) for i in self.image_indices(index)),
+        )
+
+    def image_indices(self, index: int) -> NDArray[np.int32]:
+        """Which of the block's images a sample uses, one per image span."""
+        uses: NDArray[np.int32] = self._columns["sample_images"][self._slice("sample_images", index)]
+        return uses
+
+    def visual_record(self, image: int) -> VisualRecord:
+        """Knowledge about the block's `image`-th image."""
+        if image not in self._visual:
+            self._visual[image] = self._unpack_visual(image)
+        return self._visual[image]
+
+    def _unpack_visual(self, image: int) -> VisualRecord:
+        info = {name: int(values[image]) for name, values in self.images.items()}
+        names = self._columns["image_keys"][self._slice("image_keys", image)]
+        rows = self._slice("visual_positions", image)
+        tiles = self._columns["image_tiles"][:, self._slice("image_tiles", image)].T.tolist()
+        topk = None
+        if info["num_rows"] >= 0:
+            topk = (
+                empty_topk(self._manifest) if self.visual is None else self.visual.topk(rows.start, rows.stop)
+            )
+        return VisualRecord(
+            key=bytes(names[:KEY_BYTES]).hex(),
+            image_sha256=bytes(names[KEY_BYTES:]).hex(),
+            start=info["start"],
+            num_positions=info["num_positions"],
+            tiles=tuple(Tile(offset=o, rows=r, columns=c, stride=s) for o, r, c, s in tiles),
+            topk=topk,
+            hidden=self.hidden(image),
+            factor=self.factor(image),
+            factor_error=float(self._columns["image_errors"][image]),
+        )
+
+    def factor(self, image: int) -> NDArray[np.float32] | None:
+        """[P, R] relation factor of an image, or None."""
+        rank = int(self.images["rank"][image])
+        if rank < 0:
+            return None
+        if rank == 0:
+            return np.zeros((int(self.images["num_positions"][image]), 0), np.float32)
+        cells = self._columns["image_factor"][self._slice("image_factor", image)]
+        scale = self._columns["image_factor_scale"][self._slice("image_factor_scale", image)]
+        factor: NDArray[np.float32] = (cells.reshape(rank, -1) * scale[:, None]).T
+        return factor
+
+    def hidden(self, image: int) -> NDArray[np.float32] | None:
+        """[P, D] final hidden states of an image, or None."""
+        width = int(self.images["hidden_width"][image])
+        if width < 0:
+            return None
+        cells = self._columns["image_hidden"][self._slice("image_hidden", image)].reshape(width, -1)
+        if "image_hidden_scale" in self._columns:
+            scaled: NDArray[np.float32] = (
+                cells * self._columns["image_hidden_scale"][self._slice("image_hidden_scale", image)]
+            ).T
+            return scaled
+        return codec.from_bfloat16(cells).T if cells.dtype == np.uint16 else cells.T
+
+    @cached_property
+    def sample_ids(self) -> tuple[str, ...]:
+        """Ids of all samples, in order."""
+        return tuple(self.sample_id(i) for i in range(len(self)))
+
+
+def _named(table: Array, names: tuple[str, ...], where: str) -> dict[str, NDArray[np.int32]]:
+    if table.ndim != 2 or len(table) != len(names):
+        raise PartCorrupt(
+            f"{where}: a column table has shape {table.shape}, wanted {len(names)} rows; dump the part again"
+        )
+    return dict(zip(names, table, strict=True))
+
+
+def unpack_rows(columns: Mapping[str, Array], manifest: Manifest) -> Rows:
+    """Decode one table's arrays (names without the table's prefix).
+
+    Raises:
+        IndexError: A code is outside the dictionary.
+        ValueError: Ids outside the vocabulary, or shapes that disagree.
+    """
+    codes, scalars, dictionary = columns["codes"], columns["scalars"], columns["dictionary"]
+    if len(dictionary) and not 0 <= dictionary.min() <= dictionary.max() < manifest.vocab_rows:
+        raise ValueError(f"ids outside the vocabulary of {manifest.vocab_rows}")
+    num_ranks, num_rows = codes.shape
+    num_temperatures = (len(scalars) - 1) // 2
+    if (
+        scalars.shape[1] != num_rows
+        or len(columns["positions"]) != num_rows
+        or len(scalars) != 1 + 2 * num_temperatures
+    ):
+        raise ValueError("shapes disagree")
+    top, log_tail, logsumexp = scalars[0], scalars[1 : 1 + num_temperatures], scalars[1 + num_temperatures :]
+    logits = columns.get("logits", np.empty((0, num_rows), np.uint16))
+    if manifest.encoding.logits == "steps":
+        logprobs = codec.decode_levels(logits, top, manifest.encoding.logit_step)
+    elif manifest.encoding.logits == "bfloat16":
+        logprobs = codec.from_bfloat16(logits) - logsumexp[0]
+    else:
+        logprobs = logits.copy()
+    token_ids = codec.decode_ids(dictionary, codes) if len(dictionary) else np.zeros(codes.shape, np.int32)
+    if logprobs.shape != token_ids.shape:
+        raise ValueError("shapes disagree")
+    if "kept" in columns:
+        unused = np.arange(num_ranks)[:, None] >= columns["kept"][None, :]
+        logprobs[unused] = -np.inf
+        token_ids[unused] = 0
+    counts = columns["counts"].astype(np.int32) if "counts" in columns else None
+    return Rows(columns["positions"], token_ids, logprobs, log_tail, logsumexp, counts)
+
+
+def empty_topk(manifest: Manifest) -> TopK:
+    """No rows at all."""
+    num_temperatures = len(manifest.capture.temperatures)
+    return TopK(
+        positions=np.empty(0, np.int32),
+        token_ids=np.empty((0, manifest.capture.topk), np.int32),
+        logprobs=np.empty((0, manifest.capture.topk), np.float32),
+        log_tail=np.empty((0, num_temperatures), np.float32),
+        logsumexp=np.empty((0, num_temperatures), np.float32),
+    )

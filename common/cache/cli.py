@@ -1,0 +1,126 @@
+"""The `cascache` command: look at a cache, prove it, mend it.
+
+exit code   0 all is well · 1 problems were found · 2 the command could not be carried out
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from common.errors import CascacheError
+
+EPILOG = "exit codes: 0 all is well; 1 problems were found; 2 the command could not be carried out"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every sub-command and flag."""
+    parser = argparse.ArgumentParser(
+        prog="cascache", description="Inspect, prove and mend caches.", epilog=EPILOG
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in {
+        "info": "what is in a cache",
+        "verify": "check every byte; reads only",
+        "repair": "unseal damaged parts and remove leftovers; run while no writer is at work",
+        "finalize": "write the index of a complete cache, for a fast open",
+    }.items():
+        command = commands.add_parser(name, help=text, description=text, epilog=EPILOG)
+        command.add_argument("path", help="directory of the cache")
+        command.add_argument("--json", action="store_true", help="one JSON object instead of text")
+        if name == "verify":
+            command.add_argument(
+                "--quick", action="store_true", help="names and sizes only: no hashing, no decoding"
+            )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    run = {"info": run_info, "verify": run_verify, "repair": run_repair, "finalize": run_finalize}[
+        arguments.command
+    ]
+    try:
+        code, answer = run(arguments)
+    except CascacheError as error:
+        print(f"cascache: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(answer, indent=1) if arguments.json else to_text(answer))
+    return code
+
+
+def to_text(answer: dict[str, Any]) -> str:
+    """One line a field; lists one line an entry."""
+    lines = []
+    for name, value in answer.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [f"{name}:"] + ["  " + "  ".join(str(v) for v in entry.values()) for entry in value]
+        else:
+            lines.append(f"{name.replace('_', ' ')}: {value}")
+    return "\n".join(lines)
+
+
+def run_info(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Counts, sizes and identity of a cache."""
+    from common.cache.reader import CacheReader
+
+    with CacheReader(arguments.path) as cache:
+        seals = cache.seals.values()
+        num_bytes = sum(file.size_bytes for seal in seals for file in seal.files.values())
+        rows = sum(seal.num_response_rows + seal.num_visual_rows for seal in seals)
+        answer = {
+            "path": arguments.path,
+            "teacher": cache.manifest.teacher.model,
+            "complete": cache.complete,
+            "parts": f"{len(cache.seals)} of {cache.manifest.num_parts}",
+            "records": cache.num_samples,
+            "quarantined": sum(len(seal.quarantined) for seal in seals),
+            "images": sum(seal.num_images for seal in seals),
+            "response_rows": sum(seal.num_response_rows for seal in seals),
+            "visual_rows": sum(seal.num_visual_rows for seal in seals),
+            "bytes": num_bytes,
+            "bytes_per_position": round(num_bytes / rows, 2) if rows else None,
+            "manifest": cache.manifest.model_dump(mode="json"),
+        }
+    return 0, answer
+
+
+def run_verify(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Problems, and the parts to dump again."""
+    from dataclasses import asdict
+
+    from common.cache.verify import verify
+
+    report = verify(arguments.path, deep=not arguments.quick)
+    return int(not report.ok), asdict(report) | {"ok": report.ok, "bad_parts": report.bad_parts}
+
+
+def run_repair(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Unseal and clean; says what to dump again."""
+    from common.cache.verify import repair, verify
+
+    report = verify(arguments.path)
+    parts = repair(report)
+    return 0, {
+        "path": arguments.path,
+        "unsealed": report.bad_parts,
+        "parts_to_dump": parts,
+        "next": "run the same teacher-dump command",
+    }
+
+
+def run_finalize(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Write the index."""
+    from pathlib import Path
+
+    from common.cache.writer import CacheWriter, read_manifest
+
+    writer = CacheWriter.open(arguments.path, read_manifest(Path(arguments.path)))
+    writer.finalize()
+    return 0, {"path": arguments.path, "parts": len(writer.sealed)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,202 @@
+"""Reading a cache: blocks at bulk speed, records by sample id.
+
+order ──> read_block(b) ──> Block ──> record(i)
+open:   index/ if it is there, and the tables of parts sealed after it
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.cache import layout
+from common.cache.block import Block
+from common.cache.index import Index, Names, decode_names, join, read_index
+from common.cache.part import PartReader
+from common.cache.writer import read_manifest, read_seal, sealed_parts
+from common.errors import CacheError, MismatchError, PartCorrupt
+from common.record import Record
+from schemas.manifest import Manifest, PartSeal
+
+MAX_OPEN_PARTS: Final = 24
+"""Parts whose files stay open; about 25 files each."""
+
+
+def scan_parts(root: Path, manifest: Manifest, *, skip: Mapping[int, str] | None = None) -> Index:
+    """Read the sample tables of every sealed part that `skip` does not list.
+
+    Raises:
+        MismatchError: A part was sealed for another cache.
+        PartCorrupt: A table is damaged.
+    """
+    known = skip or {}
+    pieces = [_scan_part(root, manifest, part) for part in sorted(sealed_parts(root) - known.keys())]
+    return join(pieces)
+
+
+def _scan_part(root: Path, manifest: Manifest, part: int) -> Index:
+    seal = read_seal(root, part)
+    if seal.identity_sha256 != layout.identity_sha256(manifest):
+        raise MismatchError(
+            f"part {part} of {root} was sealed for another cache; run `cascache repair`, then dump it again"
+        )
+    reader = PartReader(root / layout.PARTS / seal.directory)
+    try:
+        texts, lengths, counts = [], [], []
+        for block in range(reader.num_blocks):
+            columns = reader.read_columns(block, ("sample_columns", "sample_text"))
+            texts.append(columns["sample_text"])
+            lengths.append(columns["sample_columns"][4:6])
+            counts.append(columns["sample_columns"].shape[1])
+    finally:
+        reader.close()
+    if sum(counts) != seal.num_records:
+        raise PartCorrupt(
+            f"part {part} of {root} holds {sum(counts)} records, its seal says {seal.num_records}; dump it again"
+        )
+    blocks = np.array([[part] * len(counts), range(len(counts)), counts], np.int32).reshape(3, -1)
+    empty = Names(np.zeros(0, np.uint8), np.zeros((2, 0), np.int32))
+    names = Names(np.concatenate(texts), np.concatenate(lengths, axis=1)) if texts else empty
+    return Index({part: seal.directory}, blocks, names)
+
+
+class CacheReader:
+    """A cache opened for reading. Safe to use from several threads.
+
+    Args:
+        path: Directory of the cache.
+
+    Raises:
+        CacheError: There is no cache, or it is damaged.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.root = Path(path)
+        self.manifest: Manifest = read_manifest(self.root)
+        found = read_index(self.root, self.manifest)
+        tail = scan_parts(self.root, self.manifest, skip=found.directories if found else None)
+        self._index = join([found, tail]) if found else tail
+        counts = self._index.blocks[2].astype(np.int64)
+        self.block_offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts)])
+        self._open: OrderedDict[int, PartReader] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def num_samples(self) -> int:
+        """Records in the cache."""
+        return int(self.block_offsets[-1])
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the cache."""
+        return len(self.block_offsets) - 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether every part of the plan is sealed."""
+        return len(self._index.directories) == self.manifest.num_parts
+
+    @cached_property
+    def _names(self) -> tuple[list[str], list[str | None]]:
+        return decode_names(self._index.names)
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Id of every record, in block order."""
+        return self._names[0]
+
+    @property
+    def kinds(self) -> Sequence[str | None]:
+        """Kind of every record, in block order."""
+        return self._names[1]
+
+    @cached_property
+    def _index_of(self) -> dict[str, int]:
+        return {sample_id: i for i, sample_id in enumerate(self.sample_ids)}
+
+    @cached_property
+    def seals(self) -> dict[int, PartSeal]:
+        """Seal of every part, by part."""
+        return {part: read_seal(self.root, part) for part in sorted(self._index.directories)}
+
+    def index_of(self, sample_id: str) -> int:
+        """Record index of a sample.
+
+        Raises:
+            KeyError: The cache does not hold it.
+        """
+        return self._index_of[sample_id]
+
+    def block_of(self, index: int) -> tuple[int, int]:
+        """Block of a record, and its place in the block."""
+        block = int(np.searchsorted(self.block_offsets, index, side="right")) - 1
+        return block, index - int(self.block_offsets[block])
+
+    def read_block(self, block: int) -> Block:
+        """Decode one block, checksums verified.
+
+        Raises:
+            IndexError: There is no such block.
+            PartCorrupt: Its bytes are not what was written.
+        """
+        if not 0 <= block < self.num_blocks:
+            raise IndexError(f"block {block} of {self.num_blocks}")
+        part, local, count = self._index.blocks[:, block].tolist()
+        reader = self._part(part)
+        where = f"block {local} of part {part} of {self.root}"
+        if local >= reader.num_blocks:
+            raise PartCorrupt(f"{where} does not exist; run `cascache finalize` to write the index again")
+        result = Block(reader.read_columns(local), self.manifest, where)
+        if len(result) != count:
+            raise PartCorrupt(
+                f"{where} holds {len(result)} samples, the index says {count}; run `cascache finalize` again"
+            )
+        return result
+
+    def read_record(self, sample: str | int) -> Record:
+        """Everything about one sample, by id or by record index.
+
+        Raises:
+            KeyError: No such sample id.
+            IndexError: No such index.
+        """
+        index = self.index_of(sample) if isinstance(sample, str) else sample
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"record {index} of {self.num_samples}")
+        block, place = self.block_of(index)
+        return self.read_block(block).record(place)
+
+    def _part(self, part: int) -> PartReader:
+        with self._lock:
+            if part not in self._open:
+                directory = self.root / layout.PARTS / self._index.directories[part]
+                if not directory.is_dir():
+                    raise CacheError(
+                        f"{directory} is missing; run `cascache repair`, then dump part {part} again"
+                    )
+                self._open[part] = PartReader(directory)
+            self._open.move_to_end(part)
+            while len(self._open) > MAX_OPEN_PARTS:
+                self._open.popitem(last=False)
+            return self._open[part]
+
+    def close(self) -> None:
+        """Close every file."""
+        with self._lock:
+            for reader in self._open.values():
+                reader.close()
+            self._open.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,90 @@
+"""The arrays of a part: every name, axis, type and unit of the format in one table.
+
+Every array of a part has the block as its first axis: `array[b]` is what block b holds, padded with
+zeros to the longest block of the part. How much of it is used stands in the part's attributes
+(`lengths[name][b]`, counted along the last axis).
+
+    Axes: B blocks, S samples, I images, N rows, K kept tokens, H temperatures, T tokens, D dictionary entries
+
+Rows lie along the *last* axis, ranks before it: all first choices, then all second choices, ... Neighbours
+along a rank resemble each other, so they compress better and are summed and scaled at vector speed.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Packing = Literal["small", "dense", "trend"]
+"""What a codec should expect: `small` (few or byte-like values), `dense` (values to be entropy coded as they
+are), `trend` (neighbours differ little)."""
+
+SAMPLE_COLUMNS: Final = ("num_tokens", "num_spans", "num_images", "num_rows", "id_bytes", "kind_bytes")
+"""Columns of `sample_columns`; `kind_bytes` is −1 where a sample has no kind."""
+
+IMAGE_COLUMNS: Final = ("start", "num_positions", "num_tiles", "num_rows", "rank", "hidden_width")
+"""Columns of `image_columns`; `num_rows`, `rank` and `hidden_width` are −1 where nothing is kept."""
+
+SPAN_KINDS: Final = ("image", "prompt", "response")
+"""A span's kind is stored as its index here."""
+
+KEY_BYTES: Final = 16
+"""Bytes of an image's key, before the 32 bytes of its SHA-256, in `image_keys`."""
+
+SHA_BYTES: Final = 32
+"""Bytes of an image's SHA-256 in `image_keys`."""
+
+ROW_TABLES: Final = ("response", "visual")
+"""The two tables of rows; both hold the arrays of `ROW_ARRAYS` under their own prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One array of a part."""
+
+    name: str
+    """Array name inside the part; row arrays carry the table's name as prefix."""
+    dtypes: tuple[str, ...]
+    """Types allowed; the writer takes the first that holds the part's values."""
+    axes: tuple[str, ...]
+    """Axes after the block axis."""
+    packing: Packing
+    """What its codec should expect."""
+    optional: bool = False
+    """Absent when nothing in the part needs it."""
+
+
+SAMPLE_ARRAYS: Final = (
+    ArraySpec("sample_columns", ("int32",), ("column", "S"), "small"),
+    ArraySpec("sample_text", ("uint8",), ("byte",), "small"),
+    ArraySpec("sample_tokens", ("int32",), ("T",), "dense"),
+    ArraySpec("sample_spans", ("int32",), ("field", "span"), "small"),
+    ArraySpec("sample_images", ("int32",), ("use",), "small"),
+)
+
+IMAGE_ARRAYS: Final = (
+    ArraySpec("image_columns", ("int32",), ("column", "I"), "small", optional=True),
+    ArraySpec("image_keys", ("uint8",), ("byte",), "small", optional=True),
+    ArraySpec("image_errors", ("float64",), ("I",), "small", optional=True),
+    ArraySpec("image_tiles", ("int32",), ("field", "tile"), "small", optional=True),
+    ArraySpec("image_factor", ("int16",), ("cell",), "dense", optional=True),
+    ArraySpec("image_factor_scale", ("float32",), ("R",), "dense", optional=True),
+    ArraySpec("image_hidden", ("uint16", "float32", "int16"), ("cell",), "dense", optional=True),
+    ArraySpec("image_hidden_scale", ("float32",), ("position",), "dense", optional=True),
+)
+
+ROW_ARRAYS: Final = (
+    ArraySpec("positions", ("int32",), ("N",), "trend", optional=True),
+    ArraySpec("scalars", ("float32",), ("column", "N"), "dense", optional=True),
+    ArraySpec("kept", ("uint16", "uint32"), ("N",), "small", optional=True),
+    ArraySpec("logits", ("uint16", "uint32", "float32"), ("K", "N"), "dense", optional=True),
+    ArraySpec("codes", ("uint16", "uint32"), ("K", "N"), "dense", optional=True),
+    ArraySpec("dictionary", ("int32",), ("D",), "trend", optional=True),
+    ArraySpec("counts", ("uint16", "uint32"), ("K", "N"), "dense", optional=True),
+)
+
+
+def array_table() -> dict[str, ArraySpec]:
+    """Every array a part may hold, by its full name."""
+    table = {spec.name: spec for spec in SAMPLE_ARRAYS + IMAGE_ARRAYS}
+    for rows in ROW_TABLES:
+        table |= {f"{rows}_{spec.name}": spec for spec in ROW_ARRAYS}
+    return table
