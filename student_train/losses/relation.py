@@ -1,0 +1,168 @@
+"""RDist: 1 − cos(R_student, R_teacher) for each image, without logits.
+
+Axes: I images, P positions, D width, V vocabulary, R rank.
+
+    R_s = Z Zᵀ with Z = H Wᵀ        so R_s = H M Hᵀ with M = WᵀW: D×D, once for a frozen head
+    R_t ≈ A Aᵀ                      A [P, R] from the cache
+
+Up to P = D both R are formed (P×P) and 1 − cos = ½ ‖R_s/‖R_s‖ − R_t/‖R_t‖‖², which keeps its digits
+when the student is near. Above, traces: ⟨R_s, R_t⟩ = tr(Aᵀ R_s A), ‖R_s‖² = tr((M HᵀH)²), D×D only,
+with an absolute error near 1e-6 in float32.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from common.errors import MismatchError
+from common.relation import patch_positions, resample_factor
+from schemas.sample import Tile
+from student_train.batch import RelationTarget
+from student_train.losses.rows import Head
+
+GRAM_ROWS = 16_384
+"""Head rows converted to float32 at a time while M is summed."""
+
+
+def relation_distances(
+    hidden: Float[Tensor, "N D"],
+    gram: Float[Tensor, "E E"] | None,
+    targets: Sequence[RelationTarget],
+    norm: str,
+) -> Float[Tensor, " I"]:
+    """Return 1 − cos(R_s, R_t) of each image, in [0, 1] for these positive semi-definite matrices.
+
+    Args:
+        hidden: Hidden states of all B·T rows.
+        gram: M [D, D], [D + 1, D + 1] for a head with a bias, None for R = H Hᵀ.
+        targets: One per image; ragged.
+        norm: `none`, or `cosine`: rows of both sides scaled to unit length first.
+
+    Raises:
+        MismatchError: The patch grids do not fit each other or the rows.
+    """
+    factors = [fit_factor(target) for target in targets]
+    states = torch.nn.utils.rnn.pad_sequence([hidden[target.rows] for target in targets], batch_first=True)
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    real = _pad([torch.ones_like(factor[:, :1]) for factor in factors], 1).to(states.dtype)
+    real = real * _pad([factor.any(dim=1, keepdim=True) for factor in factors], 1)
+    factor = _pad(factors, max(factor.shape[1] for factor in factors)).to(states.dtype)
+    if gram is not None and gram.shape[0] == states.shape[2] + 1:
+        states = torch.cat([states, torch.ones_like(states[..., :1])], dim=2)
+    states = states * real
+    gram = None if gram is None else gram.to(states.dtype)
+    with torch.autocast(states.device.type, enabled=False):
+        if norm == "cosine":
+            states, factor = _unit_rows(states, gram), F.normalize(factor, dim=2)
+        wide = states.shape[1] > states.shape[2]
+        return (_by_traces if wide else _by_matrices)(states, gram, factor)
+
+
+def head_gram(head: Head) -> Float[Tensor, "E E"]:
+    """Return M = WᵀW over the real rows, with the bias as one more column of W; float32.
+
+    The gradient of a trained head flows through it (D²V multiply-adds each way).
+    """
+    weight, bias = head.real()
+    gram: Tensor = _Gram.apply(weight)  # type: ignore[no-untyped-call]
+    if bias is None:
+        return gram
+    bias = bias.to(gram.dtype)
+    cross = (bias.to(weight.dtype) @ weight).to(gram.dtype)
+    corner = (bias @ bias)[None]
+    return torch.cat([torch.cat([gram, cross[:, None]], 1), torch.cat([cross, corner])[None]], 0)
+
+
+def fit_factor(target: RelationTarget) -> Float[Tensor, "P R"]:
+    """Return the teacher's factor on the student's positions.
+
+    Equal grids pass through. Otherwise the factor is resampled over the patch grids, and positions that
+    are no patch get zero rows, which takes them out of both relations.
+    """
+    positions, factor = target.rows.shape[0], target.factor
+    if target.tiles == target.teacher_tiles and factor.shape[0] == positions:
+        return factor
+    if not target.tiles or not target.teacher_tiles:
+        raise MismatchError(
+            f"an image has {factor.shape[0]} positions in the cache and {positions} in the student's sequence, "
+            f"and without patch grids on both sides a factor cannot be resampled; use a student of the "
+            f"teacher's image processor, or set the relation weight to 0"
+        )
+    for side, tiles, length in (
+        ("cache", target.teacher_tiles, factor.shape[0]),
+        ("student", target.tiles, positions),
+    ):
+        _check_tiles(side, tiles, length)
+    where = torch.cat([patch_positions(tile) for tile in target.tiles]).to(factor.device)
+    patches = resample_factor(factor, target.teacher_tiles, target.tiles)
+    return factor.new_zeros(positions, factor.shape[1]).index_copy(0, where, patches)
+
+
+def _check_tiles(side: str, tiles: tuple[Tile, ...], length: int) -> None:
+    for tile in tiles:
+        stop = tile.offset + (tile.rows - 1) * tile.stride + tile.columns
+        if stop > length:
+            raise MismatchError(
+                f"a patch grid of {tile.rows} × {tile.columns} ends at position {stop} of an image with {length} "
+                f"positions ({side}); check that cache and student come from the same image processor"
+            )
+
+
+def _pad(parts: Sequence[Tensor], width: int) -> Tensor:
+    wide = [F.pad(part.float(), (0, width - part.shape[1])) for part in parts]
+    return torch.nn.utils.rnn.pad_sequence(wide, batch_first=True)
+
+
+def _times(states: Tensor, gram: Tensor | None) -> Tensor:
+    return states if gram is None else states @ gram
+
+
+def _unit_rows(states: Float[Tensor, "I P D"], gram: Tensor | None) -> Float[Tensor, "I P D"]:
+    squares = (_times(states, gram) * states).sum(dim=2, keepdim=True)
+    empty = squares <= 0
+    return states * torch.where(empty, 0.0, squares.masked_fill(empty, 1.0).rsqrt())
+
+
+def _by_matrices(states: Tensor, gram: Tensor | None, factor: Tensor) -> Float[Tensor, " I"]:
+    student = _times(states, gram) @ states.mT
+    teacher = factor @ factor.mT
+    apart = _unit_matrix(student) - _unit_matrix(teacher)
+    return apart.square().sum(dim=(1, 2)) / 2
+
+
+def _unit_matrix(matrix: Tensor) -> Tensor:
+    norm = matrix.square().sum(dim=(1, 2), keepdim=True).sqrt()
+    return matrix / norm.clamp(min=torch.finfo(matrix.dtype).tiny)
+
+
+def _by_traces(states: Tensor, gram: Tensor | None, factor: Tensor) -> Float[Tensor, " I"]:
+    across = states.mT @ factor
+    inner = (across * (across if gram is None else gram @ across)).sum(dim=(1, 2))
+    moment = _times(states.mT @ states, gram)
+    student = (moment * moment.mT).sum(dim=(1, 2))
+    teacher = (factor.mT @ factor).square().sum(dim=(1, 2))
+    scale = (student * teacher).clamp(min=torch.finfo(states.dtype).tiny).rsqrt()
+    return 1 - inner * scale
+
+
+class _Gram(torch.autograd.Function):
+    """WᵀW in float32, a block of rows at a time, so that a low-precision head is never copied whole."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        gram = weight.new_zeros(weight.shape[1], weight.shape[1], dtype=precise)
+        for start in range(0, weight.shape[0], GRAM_ROWS):
+            rows = weight[start : start + GRAM_ROWS].to(precise)
+            gram.addmm_(rows.t(), rows)
+        return gram
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        weight: Tensor = ctx.saved_tensors[0]
+        return weight @ (grad + grad.t()).to(weight.dtype)
