@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.cache import layout
-from common.cache.part import sync_directory, write_synced
-from common.cache.shard import ShardReader, array_json, coding_for, encode_shard
+from common.cache.part import sync_directory, write_shard, write_synced
+from common.cache.shard import ShardReader, coding_for
 from common.errors import CacheError, PartCorrupt
 from schemas.arrays import ArraySpec
 from schemas.manifest import Manifest
@@ -102,7 +102,7 @@ def write_index(root: Path, manifest: Manifest) -> None:
     from common.cache.reader import scan_parts
 
     index = scan_parts(root, manifest)
-    arrays = {"blocks": index.blocks, "text": index.names.text, "text_lengths": index.names.lengths}
+    arrays: dict[str, Array] = {"blocks": index.blocks, "text": index.names.text, "text_lengths": index.names.lengths}
     working = root / layout.WRITING / f"index-{layout.new_directory(0)}"
     working.mkdir(parents=True)
     for spec in INDEX_ARRAYS:
@@ -132,10 +132,7 @@ def drop_index(root: Path) -> None:
 def _write_array(directory: Path, values: Array, spec: ArraySpec) -> None:
     whole = values[None] if values.shape[-1] else np.zeros((1, *values.shape[:-1], 1), values.dtype)
     coding = coding_for("portable", whole.dtype, spec.packing)
-    shard = directory / "c" / "/".join("0" for _ in whole.shape)
-    shard.parent.mkdir(parents=True)
-    write_synced(shard, encode_shard(whole, whole.shape, coding))
-    write_synced(directory / layout.METADATA, array_json(whole, whole.shape, coding, ("one", *spec.axes)))
+    write_shard(directory, whole, whole.shape, coding, ("one", *spec.axes))
 
 
 def read_index(root: Path, manifest: Manifest) -> Index | None:

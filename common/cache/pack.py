@@ -113,7 +113,7 @@ def _pack_images(images: Sequence[VisualRecord], manifest: Manifest, errors: dic
     ]
     tiles = [(t.offset, t.rows, t.columns, t.stride) for v in images for t in v.tiles]
     keys = b"".join(bytes.fromhex(v.key) + bytes.fromhex(v.image_sha256) for v in images)
-    columns = {
+    columns: Columns = {
         "image_columns": np.array(table, np.int32).T,
         "image_keys": np.frombuffer(keys, np.uint8),
         "image_errors": np.array([v.factor_error for v in images], np.float64),

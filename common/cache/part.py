@@ -7,21 +7,25 @@ lengths[name][b] stands in the group's attributes; readers cut the padding off a
 import json
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.cache import codec, layout
-from common.cache.shard import Coding, ShardReader, array_json, coding_for, encode_shard
+from common.cache.shard import Coding, ShardReader, array_json, coding_for, encode_shard, shard_name
 from common.errors import PartCorrupt
 from schemas.arrays import ArraySpec, array_table
 
 Array = NDArray[Any]
 Lengths = dict[str, list[int]]
 
-RANKS_PER_CHUNK = 8
+WRITE_THREADS: Final = 8
+"""Arrays encoded and synced side by side: an fsync waits, it does not compute."""
+
+RANKS_PER_CHUNK: Final = 8
 """Ranks that share one entropy table."""
 
 
@@ -33,11 +37,13 @@ def write_part_files(directory: Path, blocks: Sequence[Mapping[str, Array]], *, 
         blocks: For every block, array name → values with rows last.
         profile: `pcodec` or `portable`.
     """
-    lengths: Lengths = {}
-    for name, spec in array_table().items():
-        pieces = [block.get(name) for block in blocks]
-        if _needed(spec, pieces) and not (spec.name == "kept" and _all_kept(blocks, name)):
-            lengths[name] = _write_array(directory / name, spec, pieces, profile)
+    with ThreadPoolExecutor(WRITE_THREADS) as pool:
+        waiting = {}
+        for name, spec in array_table().items():
+            pieces = [block.get(name) for block in blocks]
+            if _needed(spec, pieces) and not (spec.name == "kept" and _all_kept(blocks, name)):
+                waiting[name] = pool.submit(_write_array, directory / name, spec, pieces, profile)
+        lengths: Lengths = {name: future.result() for name, future in waiting.items()}
     attributes: dict[str, object] = {"num_blocks": len(blocks), "lengths": lengths}
     write_synced(directory / layout.METADATA, layout.group_json(attributes))
     sync_directory(directory)
@@ -63,13 +69,16 @@ def _write_array(directory: Path, spec: ArraySpec, pieces: Sequence[Array | None
         ranks = 1 if spec.name == "scalars" else RANKS_PER_CHUNK
         chunk[1] = max(d for d in range(1, min(ranks, chunk[1]) + 1) if padded.shape[1] % d == 0)
     coding: Coding = coding_for(profile, padded.dtype, spec.packing)
-    shard = directory / "c" / "/".join("0" for _ in padded.shape)
-    shard.parent.mkdir(parents=True)
-    write_synced(shard, encode_shard(padded, chunk, coding))
-    write_synced(directory / layout.METADATA, array_json(padded, chunk, coding, ("block", *spec.axes)))
-    for parent in [*shard.parents][: padded.ndim + 1]:
-        sync_directory(parent)
+    write_shard(directory, padded, chunk, coding, ("block", *spec.axes))
     return lengths
+
+
+def write_shard(directory: Path, values: Array, chunk: Sequence[int], coding: Coding, axes: Sequence[str]) -> None:
+    """Write one array, metadata and its only shard, into a new directory and sync them."""
+    directory.mkdir()
+    write_synced(directory / shard_name(values.ndim), encode_shard(values, chunk, coding))
+    write_synced(directory / layout.METADATA, array_json(values, chunk, coding, axes))
+    sync_directory(directory)
 
 
 def pad(pieces: Sequence[Array | None], spec: ArraySpec) -> tuple[Array, list[int]]:
@@ -88,7 +97,8 @@ def pad(pieces: Sequence[Array | None], spec: ArraySpec) -> tuple[Array, list[in
     out = np.zeros((len(pieces), *inner, max(1, *lengths)), dtype)
     for block, piece in enumerate(pieces):
         if piece is not None:
-            out[(block, *(slice(n) for n in piece.shape))] = piece
+            where: tuple[int | slice, ...] = (block, *(slice(n) for n in piece.shape))
+            out[where] = piece
     return out, lengths
 
 
