@@ -1,0 +1,145 @@
+"""Samples in, whatever their format: one interface, and the door that recognises formats.
+
+open_source("train.json")            LLaVA: id, image, conversations
+open_source("chat.jsonl")            one {"messages": ...} a line
+open_source("saved/")                a directory from datasets.save_to_disk
+open_source("hf:owner/name:split")   a data set of the hub
+open_source("shapes")                the built-in rendered set, made on first use
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data.index import Duplicates
+from common.errors import ConfigError, DataError
+from schemas.sample import ImageRef, Sample
+
+NUMBER_SUFFIX = "#number"
+
+
+class SampleSource(ABC):
+    """A fixed, ordered set of samples with random access. Picklable; safe to read from threads."""
+
+    path: str
+    """Where the data is: what `open_source` needs to find it again."""
+    image_root: str | None
+    """Directory that relative image paths start from; None when images come inline."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`.
+
+        Raises:
+            DataError: This one sample cannot be used; others may.
+            IndexError: There is no such place.
+        """
+
+    @abstractmethod
+    def sample_ids(self) -> Sequence[str]:
+        """Ids of all samples in order, those of unusable samples included."""
+
+    @abstractmethod
+    def image_keys(self) -> NDArray[np.int64]:
+        """[S] hash of each sample's first image reference, 0 without one: groups samples of one image."""
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def fingerprint(self) -> str:
+        """Hex digest over ids, turns and image references of all samples in order.
+
+        Streams over the data once. Unusable samples count by id and reason, so mending one changes it.
+        """
+        digest = hashlib.sha256()
+        for index, sample_id in enumerate(self.sample_ids()):
+            try:
+                _absorb(digest, _identity(self[index]))
+            except DataError as error:
+                _absorb(digest, f"unusable\0{sample_id}\0{error.reason}".encode())
+        return digest.hexdigest()
+
+
+def _absorb(digest: "hashlib._Hash", content: bytes) -> None:
+    digest.update(len(content).to_bytes(8, "little"))
+    digest.update(content)
+
+
+def _identity(sample: Sample) -> bytes:
+    turns = [(turn.role, turn.parts) for turn in sample.turns]
+    images = [_image_identity(image) for image in sample.images]
+    return repr((sample.sample_id, turns, images)).encode("utf-8", "backslashreplace")
+
+
+def _image_identity(image: ImageRef) -> str:
+    return f"path:{image.path}" if image.data is None else f"sha256:{hashlib.sha256(image.data).hexdigest()}"
+
+
+def open_source(path: str, *, image_root: str | None = None) -> SampleSource:
+    """Open data of any known format.
+
+    Args:
+        path: A `.json` LLaVA file, a `.jsonl` file of chat messages, a directory from
+            `datasets.save_to_disk`, `hf:owner/name[:split]`, or `shapes[:train=…,seed=…]`. `#number` at
+            the end of a file name reads repeated ids as `id#2`, `id#3` instead of refusing them.
+        image_root: Directory that relative image paths start from. By default the data file's
+            directory, or its `images` directory where the first image is found there only.
+
+    Raises:
+        ConfigError: No such file, or an unknown format.
+        DataError: The file as a whole is broken, with the line or byte.
+    """
+    if path == "shapes" or path.startswith("shapes:"):
+        from common.data.shapes import materialise
+
+        return open_source(str(materialise(path)), image_root=image_root)
+    if path.startswith("hf:"):
+        from common.data.hf_dataset import open_hub
+
+        return open_hub(path, image_root=image_root)
+    name = path.removesuffix(NUMBER_SUFFIX)
+    duplicates: Duplicates = "refuse" if name == path else "number"
+    return _open_local(Path(name).expanduser(), image_root=image_root, duplicates=duplicates)
+
+
+def _open_local(path: Path, *, image_root: str | None, duplicates: Duplicates) -> SampleSource:
+    if not path.exists():
+        raise ConfigError(f"data {path} does not exist; wanted {_KNOWN}")
+    if image_root is not None and not Path(image_root).is_dir():
+        raise ConfigError(f"image root {image_root} is no directory; point it at the images")
+    if path.is_dir():
+        from common.data.hf_dataset import open_saved
+
+        return open_saved(path, image_root=image_root, duplicates=duplicates)
+    if path.suffix == ".jsonl":
+        from common.data.messages_jsonl import MessagesJsonl
+
+        return MessagesJsonl(path, image_root=image_root, duplicates=duplicates)
+    if path.suffix == ".json":
+        from common.data.llava_json import LlavaJson
+
+        return LlavaJson(path, image_root=image_root, duplicates=duplicates)
+    raise ConfigError(f"data {path} has suffix {path.suffix!r}; wanted {_KNOWN}")
+
+
+_KNOWN = (
+    "a .json LLaVA file, a .jsonl file of chat messages, a directory from datasets.save_to_disk, "
+    "hf:owner/name[:split] or shapes"
+)
+
+
+def find_image_root(directory: Path, first: ImageRef | None) -> str:
+    """The data file's directory, or its `images` directory if only that holds the first image."""
+    inside = directory / "images"
+    if first is not None and first.path is not None:
+        relative = Path(first.path)
+        if not (directory / relative).exists() and (inside / relative).exists():
+            return str(inside.resolve())
+    return str(directory.resolve())

@@ -1,0 +1,176 @@
+"""Images in: encoded bytes, their hash, and 8-bit RGB pixels from any mode Pillow reads.
+
+    ImageRef ──> image_bytes() ──> image_sha256()     what caches bind to
+                       └─────────> read_image()       EXIF-rotated, alpha over white, 16 bits scaled to 8
+
+Sizes are checked before pixels are decoded, so a small file cannot claim all memory.
+"""
+
+import hashlib
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.errors import DataError
+from schemas.sample import ImageRef
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 89_000_000
+"""Largest width × height decoded; just under the size at which Pillow itself starts to warn."""
+MAX_BYTES = 512 * 2**20
+"""Largest encoded file read."""
+
+# What Pillow's decoders raise on damaged files besides their own errors.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    NotImplementedError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+)
+
+
+def image_path(ref: ImageRef, root: str | Path | None = None) -> Path | None:
+    """Where the image lies: its path, from `root` when relative; None for inline bytes."""
+    if ref.path is None:
+        return None
+    return Path(root or "") / ref.path
+
+
+def image_bytes(ref: ImageRef, root: str | Path | None = None) -> bytes:
+    """The encoded image (PNG, JPEG, ...), as the data holds it.
+
+    Args:
+        ref: Path or inline bytes.
+        root: Directory that a relative path starts from; the working directory by default.
+
+    Raises:
+        DataError: `image-missing`: there is no such file; `image-unreadable`: it is empty or cannot be
+            read; `image-too-large`: it has more than `MAX_BYTES` bytes.
+    """
+    path = image_path(ref, root)
+    where = str(path or "inline image")
+    if path is None:
+        encoded = ref.data or b""
+    else:
+        try:
+            size_bytes = path.stat().st_size
+            if size_bytes <= MAX_BYTES:
+                encoded = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(
+                f"image {path} does not exist; mend the data or point --image-root at the images",
+                reason="image-missing",
+            ) from error
+        except (OSError, ValueError) as error:
+            raise _unreadable(where, str(error)) from error
+        if size_bytes > MAX_BYTES:
+            raise DataError(
+                f"image {path} has {size_bytes} bytes, at most {MAX_BYTES} are read; shrink it",
+                reason="image-too-large",
+            )
+    if not encoded:
+        raise _unreadable(where, "found 0 bytes")
+    return encoded
+
+
+def image_sha256(ref: ImageRef, root: str | Path | None = None) -> str:
+    """Hex digest of the encoded bytes. Raises as `image_bytes` does."""
+    return hashlib.sha256(image_bytes(ref, root)).hexdigest()
+
+
+def read_image(ref: ImageRef, root: str | Path | None = None) -> "Image":
+    """The image as 8-bit RGB, upright.
+
+    Palettes and CMYK are converted, transparency is laid over white, 16-bit grey is scaled to 8 bits
+    (not clipped, as `Image.convert` does), EXIF rotation is applied; of an animation the first frame.
+
+    Args:
+        ref: Path or inline bytes.
+        root: Directory that a relative path starts from; the working directory by default.
+
+    Raises:
+        DataError: As `image_bytes`, and `image-unreadable`: it is no image, or a damaged one;
+            `image-too-large`: it has more than `MAX_PIXELS` pixels.
+    """
+    return decode_image(image_bytes(ref, root), where=str(image_path(ref, root) or "inline image"))
+
+
+def decode_image(encoded: bytes, *, where: str) -> "Image":
+    """`read_image` for bytes already read; `where` names them in errors."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise _too_large(where, f"{image.width}×{image.height} pixels")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise _unreadable(where, f"{len(encoded)} bytes that are no image Pillow knows") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(where, str(error)) from error
+    except DataError:
+        raise
+    except _DAMAGED as error:
+        raise _unreadable(where, f"damaged or truncated: {error}") from error
+
+
+def _unreadable(where: str, found: str) -> DataError:
+    return DataError(
+        f"image {where} cannot be read: {found}; wanted a PNG, JPEG or other image file, replace it",
+        reason="image-unreadable",
+    )
+
+
+def _too_large(where: str, found: str) -> DataError:
+    return DataError(
+        f"image {where} is too large: {found}; at most {MAX_PIXELS} pixels are decoded, shrink it",
+        reason="image-too-large",
+    )
+
+
+def _to_rgb(image: "Image") -> "Image":
+    from PIL import Image
+
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bits(np.asarray(image), image.mode)).convert("RGB")
+    if image.mode == "LAB":
+        return _lab_to_rgb(image)
+    if image.has_transparency_data:
+        over = image.convert("RGBA")
+        white = Image.new("RGBA", over.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, over).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(
+    grey: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]", mode: str
+) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    """[H, W] uint8: integer modes span 0 to 65535; floats 0 to 1 when none exceeds 1, else 0 to 255."""
+    values = np.nan_to_num(grey.astype(np.float64))
+    top = 65535.0 if mode.startswith("I") else 1.0 if values.max(initial=0.0) <= 1 else 255.0
+    return np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)
+
+
+def _lab_to_rgb(image: "Image") -> "Image":
+    from PIL import ImageCms
+
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None
+    return converted
