@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import MismatchError
 from common.relation import patch_positions, resample_factor
@@ -45,21 +46,21 @@ def relation_distances(
     Raises:
         MismatchError: The patch grids do not fit each other or the rows.
     """
-    factors = [fit_factor(target) for target in targets]
-    states = torch.nn.utils.rnn.pad_sequence([hidden[target.rows] for target in targets], batch_first=True)
+    fitted = [fit_factor(target) for target in targets]
+    states = pad_sequence([hidden[target.rows] for target in targets], batch_first=True)
     states = states.to(torch.promote_types(states.dtype, torch.float32))
-    real = _pad([torch.ones_like(factor[:, :1]) for factor in factors], 1).to(states.dtype)
-    real = real * _pad([factor.any(dim=1, keepdim=True) for factor in factors], 1)
-    factor = _pad(factors, max(factor.shape[1] for factor in factors)).to(states.dtype)
     if gram is not None and gram.shape[0] == states.shape[2] + 1:
         states = torch.cat([states, torch.ones_like(states[..., :1])], dim=2)
-    states = states * real
+    states = states * pad_sequence([counted for _, counted in fitted], batch_first=True)
+    rank = max(factor.shape[1] for factor, _ in fitted)
+    wide = [F.pad(factor, (0, rank - factor.shape[1])) for factor, _ in fitted]
+    factor = pad_sequence(wide, batch_first=True).to(states.dtype)
     gram = None if gram is None else gram.to(states.dtype)
     with torch.autocast(states.device.type, enabled=False):
         if norm == "cosine":
             states, factor = _unit_rows(states, gram), F.normalize(factor, dim=2)
-        wide = states.shape[1] > states.shape[2]
-        return (_by_traces if wide else _by_matrices)(states, gram, factor)
+        long = states.shape[1] > states.shape[2]
+        return (_by_traces if long else _by_matrices)(states, gram, factor)
 
 
 def head_gram(head: Head) -> Float[Tensor, "E E"]:
@@ -77,20 +78,20 @@ def head_gram(head: Head) -> Float[Tensor, "E E"]:
     return torch.cat([torch.cat([gram, cross[:, None]], 1), torch.cat([cross, corner])[None]], 0)
 
 
-def fit_factor(target: RelationTarget) -> Float[Tensor, "P R"]:
-    """Return the teacher's factor on the student's positions.
+def fit_factor(target: RelationTarget) -> tuple[Float[Tensor, "P R"], Float[Tensor, "P 1"]]:
+    """Return the teacher's factor on the student's positions, and 1 for each position that counts.
 
-    Equal grids pass through. Otherwise the factor is resampled over the patch grids, and positions that
-    are no patch get zero rows, which takes them out of both relations.
+    Equal grids pass through, and all positions count. Otherwise the factor is resampled over the patch
+    grids, and only patches count.
     """
     positions, factor = target.rows.shape[0], target.factor
     if target.tiles == target.teacher_tiles and factor.shape[0] == positions:
-        return factor
+        return factor, factor.new_ones(positions, 1)
     if not target.tiles or not target.teacher_tiles:
         raise MismatchError(
-            f"an image has {factor.shape[0]} positions in the cache and {positions} in the student's sequence, "
-            f"and without patch grids on both sides a factor cannot be resampled; use a student of the "
-            f"teacher's image processor, or set the relation weight to 0"
+            f"an image has {factor.shape[0]} positions in the cache and {positions} in the student's "
+            f"sequence, and without patch grids on both sides a factor cannot be resampled; use a student of "
+            f"the teacher's image processor, or set the relation weight to 0"
         )
     for side, tiles, length in (
         ("cache", target.teacher_tiles, factor.shape[0]),
@@ -99,7 +100,8 @@ def fit_factor(target: RelationTarget) -> Float[Tensor, "P R"]:
         _check_tiles(side, tiles, length)
     where = torch.cat([patch_positions(tile) for tile in target.tiles]).to(factor.device)
     patches = resample_factor(factor, target.teacher_tiles, target.tiles)
-    return factor.new_zeros(positions, factor.shape[1]).index_copy(0, where, patches)
+    fitted = factor.new_zeros(positions, factor.shape[1]).index_copy(0, where, patches)
+    return fitted, factor.new_zeros(positions, 1).index_fill(0, where, 1.0)
 
 
 def _check_tiles(side: str, tiles: tuple[Tile, ...], length: int) -> None:
@@ -107,14 +109,9 @@ def _check_tiles(side: str, tiles: tuple[Tile, ...], length: int) -> None:
         stop = tile.offset + (tile.rows - 1) * tile.stride + tile.columns
         if stop > length:
             raise MismatchError(
-                f"a patch grid of {tile.rows} × {tile.columns} ends at position {stop} of an image with {length} "
-                f"positions ({side}); check that cache and student come from the same image processor"
+                f"a patch grid of {tile.rows} × {tile.columns} ends at position {stop} of an image with "
+                f"{length} positions ({side}); check that both come from the same image processor"
             )
-
-
-def _pad(parts: Sequence[Tensor], width: int) -> Tensor:
-    wide = [F.pad(part.float(), (0, width - part.shape[1])) for part in parts]
-    return torch.nn.utils.rnn.pad_sequence(wide, batch_first=True)
 
 
 def _times(states: Tensor, gram: Tensor | None) -> Tensor:
@@ -123,8 +120,13 @@ def _times(states: Tensor, gram: Tensor | None) -> Tensor:
 
 def _unit_rows(states: Float[Tensor, "I P D"], gram: Tensor | None) -> Float[Tensor, "I P D"]:
     squares = (_times(states, gram) * states).sum(dim=2, keepdim=True)
-    empty = squares <= 0
-    return states * torch.where(empty, 0.0, squares.masked_fill(empty, 1.0).rsqrt())
+    return states * _inverse_root(squares)
+
+
+def _inverse_root(squares: Tensor) -> Tensor:
+    """1/√x, and 0 without a gradient where x is nothing: an all-zero row or matrix stays one."""
+    nothing = squares <= torch.finfo(squares.dtype).tiny
+    return torch.where(nothing, 0.0, squares.masked_fill(nothing, 1.0).rsqrt())
 
 
 def _by_matrices(states: Tensor, gram: Tensor | None, factor: Tensor) -> Float[Tensor, " I"]:
@@ -135,8 +137,7 @@ def _by_matrices(states: Tensor, gram: Tensor | None, factor: Tensor) -> Float[T
 
 
 def _unit_matrix(matrix: Tensor) -> Tensor:
-    norm = matrix.square().sum(dim=(1, 2), keepdim=True).sqrt()
-    return matrix / norm.clamp(min=torch.finfo(matrix.dtype).tiny)
+    return matrix * _inverse_root(matrix.square().sum(dim=(1, 2), keepdim=True))
 
 
 def _by_traces(states: Tensor, gram: Tensor | None, factor: Tensor) -> Float[Tensor, " I"]:
@@ -145,8 +146,7 @@ def _by_traces(states: Tensor, gram: Tensor | None, factor: Tensor) -> Float[Ten
     moment = _times(states.mT @ states, gram)
     student = (moment * moment.mT).sum(dim=(1, 2))
     teacher = (factor.mT @ factor).square().sum(dim=(1, 2))
-    scale = (student * teacher).clamp(min=torch.finfo(states.dtype).tiny).rsqrt()
-    return 1 - inner * scale
+    return 1 - inner * _inverse_root(student) * _inverse_root(teacher)
 
 
 class _Gram(torch.autograd.Function):
