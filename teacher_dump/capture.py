@@ -232,9 +232,9 @@ class Capture:
             and tracked.seen[tracked.state_positions].all()
         ):
             tracked.fail("rows-missing", "some wanted positions were never computed (prefix cache?)")
-        response = _rows(tracked.response, slice(None))
-        if response is not None and not np.isfinite(response.logsumexp).all():
-            tracked.fail("not-finite", "a response row's logits are NaN or infinite")
+        response, visual = _rows(tracked.response, slice(None)), _rows(tracked.visual, slice(None))
+        if not all(np.isfinite(rows.logsumexp).all() for rows in (response, visual) if rows is not None):
+            tracked.fail("not-finite", "the teacher's logits are NaN or infinite; try another --dtype")
         if tracked.problem:
             return Captured(request.key, reason=tracked.problem[0], problem=tracked.problem[1])
         images, row, state = {}, 0, 0
@@ -283,7 +283,7 @@ def _brief(images: list[tuple[str, int, int]]) -> str:
 
 def _new_positions(tracked: Tracked, piece: Slice) -> tuple[Rows, Rows]:
     """Positions this step computes for the first time, and their rows in the flattened batch."""
-    positions = np.arange(piece.start, min(piece.start + piece.count, len(tracked.token_ids)))
+    positions = np.arange(piece.start, min(piece.start + piece.num_rows, len(tracked.token_ids)))
     positions = positions[~tracked.seen[positions]]  # preemption recomputes; the first time counts
     tracked.seen[positions] = True
     return positions, positions - piece.start + piece.offset

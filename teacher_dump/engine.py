@@ -11,9 +11,9 @@ a sample whose images are not the ones that its prompt was made from.
 """
 
 import contextlib
-import hashlib
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -23,7 +23,7 @@ import numpy as np
 
 from common.chat import Prompt
 from common.errors import ConfigError, EngineError
-from teacher_dump.request import EXTRA_ARG, Captured, CaptureRequest, CaptureSettings
+from teacher_dump.request import EXTRA_ARG, Captured, CaptureRequest, CaptureSettings, pixel_identity
 from teacher_dump.seams import TESTED_VLLM
 
 if TYPE_CHECKING:
@@ -83,13 +83,6 @@ class Submission:
     """Its tokens."""
     pixels: tuple["Image", ...]
     """Its images, decoded."""
-
-
-def pixel_identity(pixels: "Image") -> str:
-    """Hex digest of an image's decoded pixels, mode and size."""
-    digest = hashlib.sha256(f"{pixels.mode} {pixels.size}".encode())
-    digest.update(pixels.tobytes())
-    return digest.hexdigest()
 
 
 class Engine:
@@ -218,6 +211,7 @@ class Engine:
             "enable_prefix_caching": False,
             "async_scheduling": False,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             "worker_extension_cls": _EXTENSION,
             **settings.arguments,
         }
@@ -226,8 +220,13 @@ class Engine:
 def _import_vllm(*, any_version: bool) -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("torch").setLevel(logging.ERROR)  # says on every CPU that Triton is missing
     try:
-        import vllm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            import vllm
+
+            vllm.LLM  # noqa: B018  the first touch imports the engine
     except ImportError as error:
         raise EngineError(
             f"the teacher needs vLLM, which does not import here ({error}); "

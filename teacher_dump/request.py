@@ -1,8 +1,8 @@
 """What the driver asks of the capture, and what comes back: plain bytes, safe to send to any worker.
 
-    driver                                     vLLM worker
-    CaptureRequest ──to_extra──> SamplingParams.extra_args ──from_extra──> rows to keep, identities to check
-    Captured       <──from_wire── collective_rpc("cascache_drain")  <──to_wire── arrays as (dtype, shape, bytes)
+    driver                                                         vLLM worker
+    CaptureRequest ──to_extra──> SamplingParams.extra_args ──from_extra──> rows to keep, what to check
+    Captured <──from_wire── collective_rpc("cascache_drain") <──to_wire── (dtype, shape, bytes)
 
 The engine may live in another process, whose channel carries msgpack: only numbers, text and bytes.
 
@@ -11,10 +11,13 @@ Axes: N rows, K kept tokens, H temperatures, P image positions, D width, r rank.
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 EXTRA_ARG = "cascache"
 
@@ -186,6 +189,13 @@ class Captured:
 def hash_tokens(token_ids: NDArray[np.int32]) -> str:
     """Hex digest of a token sequence."""
     return hashlib.sha256(np.ascontiguousarray(token_ids, dtype="<i4").tobytes()).hexdigest()
+
+
+def pixel_identity(pixels: "Image") -> str:
+    """Hex digest of an image's decoded pixels, mode and size."""
+    digest = hashlib.sha256(f"{pixels.mode} {pixels.size}".encode())
+    digest.update(pixels.tobytes())
+    return digest.hexdigest()
 
 
 _ROW_FIELDS = ("token_ids", "logprobs", "log_tail", "logsumexp")

@@ -28,7 +28,7 @@ class Slice(NamedTuple):
     """Its first row in the flattened batch."""
     start: int
     """Position of that row in the sequence."""
-    count: int
+    num_rows: int
     """Rows."""
 
 
@@ -148,8 +148,8 @@ def _need(owner: Any, path: str) -> Any:
     for name in path.split("."):
         if not hasattr(owner, name):
             raise EngineError(
-                f"this vLLM has no {type(owner).__module__}.{type(owner).__name__}.{name}, which the capture hooks; "
-                f"tested: vllm {', '.join(TESTED_VLLM)}; install one of them"
+                f"this vLLM has no {type(owner).__module__}.{type(owner).__name__}.{name}, which the capture "
+                f"hooks; tested: vllm {', '.join(TESTED_VLLM)}; install one of them"
             )
         owner = getattr(owner, name)
     return owner

@@ -1,0 +1,64 @@
+"""The command `teacher-dump`: read the settings, hand over, say what came of it."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from common.errors import CascacheError
+from common.settings import load_settings
+from teacher_dump.config import DumpConfig
+
+_EPILOG = """examples:
+  teacher-dump --model tiny                             the shipped teacher on the built-in images
+  teacher-dump --model 7b --topk 64 --data train.json   a level from your data
+  teacher-dump --model 7b --data train.json --dry-run   what it would cost
+A run that was stopped goes on when the same command is given again."""
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    try:
+        config = load_settings(
+            DumpConfig, sys.argv[1:] if argv is None else argv, prog="teacher-dump", epilog=_EPILOG
+        )
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        from teacher_dump.dump import dump
+
+        result = dump(config, _say)
+    except CascacheError as error:
+        _say(f"error: {error}")
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        _say("stopped; sealed parts are kept, nothing is half written; give the same command again to go on")
+        return EXIT_INTERRUPTED
+    print(json.dumps(result) if config.json_ else _sentence(result))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(f"teacher-dump: {line}", file=sys.stderr, flush=True)
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    if "size_bytes" not in result:
+        return (
+            f"{result['cache']}: {result['parts']} parts ({result['dumped']} dumped now), "
+            f"{result['quarantined']} samples quarantined"
+        )
+    seconds, free = result["seconds"], result["disk_free_bytes"] / 1e9
+    time = "unknown" if seconds is None else f"about {seconds:,.0f} s"
+    return (
+        f"plan: {result['teacher']} ({result['dtype']}) on {result['data']} → {result['out']}\n"
+        f"  {result['samples']:,} samples with {result['images']:,} images in {result['parts']} parts "
+        f"of {result['part_samples']}: {result['positions']:,} positions\n"
+        f"  size about {result['size_bytes'] / 1e6:,.1f} MB ({free:,.1f} GB free), time {time}"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,104 @@
+"""Settings of `teacher-dump`; every field is a flag and a key of `[teacher-dump]` in cascache.toml."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from schemas.base import Frozen
+
+
+class DumpConfig(Frozen):
+    """Run a teacher once over a data set and keep what it knows in a cache."""
+
+    model: str = "tiny"
+    """Teacher: a preset (tiny, 0.5b, 7b, 72b, qwen3-vl-8b, ...), a model directory, or a hub id."""
+    data: str = "shapes"
+    """LLaVA JSON, JSONL of messages, a datasets directory, hf:owner/name:split, or `shapes`."""
+    image_root: str | None = None
+    """Directory that relative image paths start from; the data file's own by default."""
+    out: str = "./zarr/l1"
+    """Directory of the cache; an unfinished one with the same settings is continued."""
+    topk: int = Field(64, ge=1)
+    """Tokens kept per response position."""
+    visual_topk: int | None = Field(None, ge=1)
+    """Tokens kept per image position; as many as --topk by default."""
+    positions: Literal["response+visual", "response", "visual"] = "response+visual"
+    """Rows kept."""
+    visual_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of each image's rows kept, drawn at random: an unbiased sample at a fraction of the bytes."""
+    temperature: tuple[float, ...] = ()
+    """Further temperatures whose normaliser and tail are kept; may be given several times."""
+    max_len: int = Field(4096, ge=2)
+    """Longest sequence dumped, image positions included; longer samples are quarantined."""
+    limit: int | None = Field(None, ge=1)
+    """Dump only the first so many samples."""
+    part_samples: int | None = Field(None, ge=1)
+    """Samples a part, the unit of resuming; chosen from the size of the data by default."""
+    relation_store: Literal["factor", "hidden", "both", "none"] = "factor"
+    """Per image: the relation's factor, the raw hidden states, both, or neither."""
+    relation_of: Literal["logits", "hidden"] = "logits"
+    """Relate vocabulary logits (LLaVA-KD) or hidden states."""
+    relation_norm: Literal["none", "cosine"] = "none"
+    """Rows as they are, or scaled to unit length first."""
+    relation_tolerance: float = Field(1e-3, gt=0)
+    """Error that the factor's rank is chosen for."""
+    relation_max_rank: int = Field(128, ge=1)
+    """Largest rank kept."""
+    hidden_encoding: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    """Encoding of raw hidden states."""
+    profile: Literal["pcodec", "portable"] = "pcodec"
+    """pcodec: smallest; portable: readable by every Zarr v3 library."""
+    logits: Literal["steps", "bfloat16", "float32"] = "steps"
+    """Encoding of kept logits."""
+    logit_step: float = Field(1 / 32, gt=0)
+    """Step of kept logits in nats when they are kept as steps."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the teacher computes in; auto takes what its weights are in."""
+    quantization: str | None = None
+    """vLLM's name of a quantisation to load the weights in."""
+    max_num_seqs: int = Field(64, ge=1)
+    """Samples computed at a time."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Devices that each layer is spread over."""
+    pipeline_parallel: int = Field(1, ge=1)
+    """Groups of devices that the layers are spread over."""
+    engine_arg: tuple[str, ...] = ()
+    """Any other vLLM engine argument as key=value; may be given several times."""
+    any_vllm: bool = False
+    """Try a vLLM release that was not tested."""
+    max_quarantine: float = Field(0.05, ge=0, le=1)
+    """Largest share of samples that may be unusable before the dump stops."""
+    threads: int = Field(4, ge=1)
+    """Threads that read images and tokenise ahead of the engine."""
+    seed: int = 0
+    """Seed of every random choice."""
+    dry_run: bool = False
+    """Print the plan with an estimate of size and time, and stop."""
+    json_: bool = Field(False, alias="json")
+    """Print the plan or the result as JSON."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DumpConfig":
+        for pair in self.engine_arg:
+            if "=" not in pair:
+                raise ValueError(f"--engine-arg {pair!r} is not key=value")
+        if any(each <= 0 for each in self.temperature):
+            raise ValueError(f"--temperature must be positive, found {min(self.temperature)}")
+        return self
+
+    @property
+    def engine_arguments(self) -> dict[str, Any]:
+        """`--engine-arg` pairs, values read as JSON where they are JSON."""
+        return {
+            key.replace("-", "_"): _value(text)
+            for key, _, text in (each.partition("=") for each in self.engine_arg)
+        }
+
+
+def _value(text: str) -> Any:
+    import json
+
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text

