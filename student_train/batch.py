@@ -6,8 +6,9 @@ A *row* is an index `b * T + position` into the flattened [B * T, D] hidden stat
 runs only where a term needs it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from schemas.sample import Tile
@@ -24,6 +25,14 @@ class SparseTargets:
     log_tail: Tensor
     """[N] float32 log of the mass outside the kept ids; −inf when nothing is outside."""
 
+    def to(self, device: torch.device) -> "SparseTargets":
+        """Copy to a device."""
+        return SparseTargets(
+            self.token_ids.to(device, non_blocking=True),
+            self.logprobs.to(device, non_blocking=True),
+            self.log_tail.to(device, non_blocking=True),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class RelationTarget:
@@ -37,6 +46,11 @@ class RelationTarget:
     """The student's patch grid over `rows`."""
     teacher_tiles: tuple[Tile, ...]
     """The teacher's patch grid over the factor's rows."""
+
+    def to(self, device: torch.device) -> "RelationTarget":
+        """Copy to a device."""
+        rows, factor = (each.to(device, non_blocking=True) for each in (self.rows, self.factor))
+        return replace(self, rows=rows, factor=factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +75,19 @@ class Batch:
     """One per image that has a factor."""
     num_tokens: int
     """Real (unpadded) tokens."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device; the same object when it is there already."""
+        if self.response_rows.device == device:
+            return self
+        move = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return replace(
+            self,
+            inputs=move,
+            response_rows=self.response_rows.to(device, non_blocking=True),
+            response_labels=self.response_labels.to(device, non_blocking=True),
+            response_targets=self.response_targets and self.response_targets.to(device),
+            visual_rows=self.visual_rows.to(device, non_blocking=True),
+            visual_targets=self.visual_targets and self.visual_targets.to(device),
+            relations=tuple(each.to(device) for each in self.relations),
+        )

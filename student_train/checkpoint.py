@@ -1,0 +1,183 @@
+"""Checkpoints: all that a killed run needs to end as if it had not been.
+
+    runs/x/checkpoints/00000400/
+      weights.safetensors      every weight trained so far
+      optimizer.safetensors    AdamW's moments and step counts, by weight name
+      state.json               cursor, identity of the run, optimiser settings
+
+Written under a temporary name, synced, renamed; the last two are kept. The sample order, the
+learning rate and every random draw are functions of seed and step, so the cursor stands for them:
+there is no generator to save. No pickle is written or read.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from common.errors import TrainingError
+from student_train.metrics import write_json
+from student_train.model import Student
+from student_train.rundir import refuse_other
+
+KEPT = 2
+"""Checkpoints left on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where a run stands: the next step to take."""
+
+    stage: int = 0
+    """Index into the run's stages, over all levels."""
+    step: int = 0
+    """Next step within that stage."""
+    total_steps: int = 0
+    """Steps taken in the whole run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk."""
+
+    path: Path
+    """Its directory."""
+    cursor: Cursor
+    """Where it stands."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+        """Name the directory.
+
+        Args:
+            directory: `runs/x/checkpoints`; made when the first one is saved.
+            identity: What must be equal for a run to go on from a checkpoint, as JSON.
+        """
+        self.directory = directory
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest checkpoint, or None.
+
+        Raises:
+            TrainingError: It belongs to a run with other settings; lists the differences.
+        """
+        found = sorted(path for path in self.directory.glob("[0-9]*") if (path / "state.json").exists())
+        if not found:
+            return None
+        state = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+        refuse_other(found[-1], state["identity"], self._identity)
+        return Checkpoint(found[-1], Cursor(**state["cursor"]))
+
+    def save(self, cursor: Cursor, weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> None:
+        """Write a checkpoint atomically, then drop the oldest.
+
+        Args:
+            cursor: The next step.
+            weights: Every weight trained so far, by name.
+            optimizer: See `optimizer_state`.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        final = self.directory / f"{cursor.total_steps:08d}"
+        temporary = self.directory / f".tmp{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(dict(weights), temporary / "weights.safetensors")
+        save_file(dict(optimizer), temporary / "optimizer.safetensors")
+        write_json(temporary / "state.json", {"cursor": asdict(cursor), "identity": self._identity})
+        _sync(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.replace(final)
+        _sync_directory(self.directory)
+        for old in sorted(self.directory.glob("[0-9]*"))[:-KEPT]:
+            shutil.rmtree(old)
+
+    def forget(self) -> None:
+        """Delete every checkpoint."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def trained_weights(student: Student, parts: Collection[str]) -> dict[str, Tensor]:
+    """Return the weights of the given parts by name, shared ones once."""
+    return {
+        name: value.detach()
+        for name, value in student.model.named_parameters()
+        if student.part_of(name) in parts
+    }
+
+
+def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a module's parameters, by name.
+
+    Raises:
+        TrainingError: The module has no parameter of that name and shape.
+    """
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise TrainingError(
+                    f"the checkpoint holds {name} {tuple(value.shape)}, the student has no such weight"
+                )
+            parameters[name].copy_(value)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """Return an optimiser's tensors as `weight name|state name`.
+
+    Args:
+        optimizer: One that has taken a step.
+        module: Whose parameters it trains.
+    """
+    names = {id(value): name for name, value in module.named_parameters()}
+    return {
+        f"{names[id(parameter)]}|{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_state` returned."""
+    parameters = dict(module.named_parameters())
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition("|")
+        parameter = parameters[name]
+        place = parameter.device if tensor.ndim else tensor.device
+        optimizer.state[parameter][field] = tensor.to(place)
+
+
+def load_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Read a checkpoint's weights and optimiser tensors."""
+    return (
+        load_file(checkpoint.path / "weights.safetensors"),
+        load_file(checkpoint.path / "optimizer.safetensors"),
+    )
+
+
+def _sync(directory: Path) -> None:
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

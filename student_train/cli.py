@@ -1,0 +1,91 @@
+"""The `student-train` command: parse, check, hand over.
+
+student-train --cache ./zarr/l1 [--cache ./zarr/l2] ...     train down the cascade
+student-train eval --model runs/x/model --data held.json    answer held-out questions
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from common.errors import CascacheError
+from common.settings import load_settings
+from student_train.config import EvalConfig, TrainConfig
+
+_EPILOG = """examples:
+  student-train --cache ./zarr/l1
+  student-train --cache ./zarr/l1 --cache ./zarr/l2 --student tiny-student --out runs/x --eval held_out.json
+  student-train --cache ./zarr/l1 --recipe pt-sft-sft --dry-run
+  student-train eval --model runs/x/model --data held_out.json
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status: 0, or 2 after an error that says what to do."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["eval"]:
+            return _evaluate(arguments[1:])
+        return _train(arguments)
+    except CascacheError as error:
+        print(f"student-train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "student-train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
+        )
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    config = load_settings(TrainConfig, arguments, prog="student-train", epilog=_EPILOG)
+    from student_train.plan import make_plan
+
+    plan = make_plan(config)
+    if config.dry_run:
+        print(plan.describe())
+        return 0
+    print(f"student-train: {plan.choices()}", file=sys.stderr)
+    for note in plan.notes:
+        print(f"student-train: note: {note}", file=sys.stderr)
+    from student_train.train import train
+
+    summary = train(config, plan)
+    if summary["is_main"]:
+        print(json.dumps(summary, indent=2) if config.json_summary else _report(summary))
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    config = load_settings(EvalConfig, arguments, prog="student-train eval", section="student-train-eval")
+    from student_train.evaluate import run_evaluation
+
+    scores = run_evaluation(config)
+    print(json.dumps(scores, indent=2) if config.json_summary else _table(scores))
+    return 0
+
+
+def _report(summary: dict[str, Any]) -> str:
+    lines = []
+    for name, values in summary["stages"].items():
+        terms = ", ".join(f"{key[4:]} {value:.4f}" for key, value in values.items() if key.startswith("raw/"))
+        lines.append(f"{name}: {terms}")
+    if not summary["finished"]:
+        lines.append(
+            f"stopped at step {summary['steps']} of {summary['total_steps']}; run again without --max-steps to go on"
+        )
+    else:
+        lines.append(f"model: {summary['model']} ({summary['steps']} steps, {summary['seconds']:.0f} s)")
+    if summary.get("eval"):
+        lines.append(_table(summary["eval"]))
+    return "\n".join(lines)
+
+
+def _table(scores: dict[str, Any]) -> str:
+    rows = [
+        f"  {kind:16} {share:6.1%}  ({scores['num_kinds'][kind]})" for kind, share in scores["kinds"].items()
+    ]
+    return "\n".join(
+        [f"exact match {scores['accuracy']:.1%} (mean over kinds, {scores['num']} questions)", *rows]
+    )

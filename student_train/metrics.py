@@ -1,0 +1,89 @@
+"""What a run reports: one JSON line every few steps, TensorBoard through accelerate, a progress bar.
+
+A line holds, averaged over its steps: every term `raw/…` and `weighted/…`, `loss`, `learning_rate`,
+`grad_norm`, `tokens_per_second`, `data_wait_share` (time waited for data ÷ time of the step).
+On resuming, lines past the checkpoint are dropped, so the file tells each step once.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, float | int | str]
+
+
+class Metrics:
+    """Collects a step's values, writes their averages."""
+
+    def __init__(self, path: Path | None, *, log_steps: int, accelerator: Any = None) -> None:
+        """Open the log.
+
+        Args:
+            path: The JSONL file; None in processes that do not write.
+            log_steps: Steps that one line averages over.
+            accelerator: Its trackers get every line too.
+        """
+        self._path = path
+        self._log_steps = log_steps
+        self._accelerator = accelerator
+        self._sums: dict[str, float] = {}
+        self._num = 0
+        self.last: Line = {}
+
+    def resume(self, total_steps: int) -> None:
+        """Forget lines past a step, left by a run that was killed after its last checkpoint."""
+        if self._path is None or not self._path.exists():
+            return
+        kept = [line for line in _read_lines(self._path) if int(line["total_step"]) <= total_steps]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self._path)
+
+    def add(self, values: Mapping[str, float], *, where: Line) -> None:
+        """Count one step in; write a line when it is time.
+
+        Args:
+            values: Numbers to average.
+            where: `level`, `stage`, `step`, `total_step` of this step.
+        """
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._num += 1
+        if int(where["total_step"]) % self._log_steps == 0:
+            self.flush(where)
+
+    def flush(self, where: Line) -> None:
+        """Write what has been collected, if anything."""
+        if not self._num:
+            return
+        means = {name: value / self._num for name, value in self._sums.items()}
+        self._sums, self._num = {}, 0
+        self.last = {**where, **means}
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.last) + "\n")
+        if self._accelerator is not None:
+            self._accelerator.log(means, step=int(where["total_step"]))
+
+
+def _read_lines(path: Path) -> list[Line]:
+    """Read whole lines; a torn last one, left by a kill, is dropped."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is either whole or not there."""
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

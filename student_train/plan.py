@@ -1,0 +1,255 @@
+"""What a run will do, decided before any weight is read.
+
+    TrainConfig ──> caches opened ──> student chosen ──> fit checked ──> recipe ──> stages with steps
+
+What the user left open is chosen here and said in one line. Nothing here loads a model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.cache.layout import identity_sha256
+from common.cache.reader import CacheReader
+from common.chat import load_processor
+from common.compat import require_fit
+from common.data.source import SampleSource, open_source
+from common.errors import ConfigError
+from common.models import ModelRef, resolve_model, smallest_of_family
+from schemas.manifest import Manifest
+from student_train.config import TrainConfig
+from student_train.losses.terms import TERMS, Term
+from student_train.model import StudentShape, read_shape
+from student_train.recipe import PRESETS, Recipe, Stage, fit_preset, preset_recipe, read_recipe
+from student_train.sampling import Sampler, stage_seed
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One rung of the cascade."""
+
+    path: str
+    """Directory of its cache."""
+    cache: CacheReader
+    """The cache, open."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The cache's identity."""
+        return self.cache.manifest
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """One stage with everything about it decided."""
+
+    level: int
+    """Index of its level."""
+    number: int
+    """Its place within the level."""
+    stage: Stage
+    """What trains, on what, how."""
+    sampler: Sampler
+    """Which samples each step sees."""
+    num_steps: int
+    """Optimiser steps."""
+
+    @property
+    def name(self) -> str:
+        """`l1/dft`-like name for people."""
+        return f"l{self.level + 1}/{self.stage.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run, decided."""
+
+    config: TrainConfig
+    """What was asked for."""
+    student: ModelRef
+    """The model that learns."""
+    shape: StudentShape
+    """What its configuration says."""
+    processor: Any
+    """Its processor."""
+    levels: tuple[Level, ...]
+    """The caches, nearest teacher first."""
+    stages: tuple[PlannedStage, ...]
+    """All stages of all levels, in order."""
+    out: Path
+    """The run directory."""
+    notes: tuple[str, ...]
+    """Differences that do no harm, written into the run's record."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.num_steps for stage in self.stages)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be equal for a killed run to go on, as JSON."""
+        return {
+            "student": self.student.name,
+            "revision": self.student.revision,
+            "caches": {f"l{n + 1}": identity_sha256(level.manifest) for n, level in enumerate(self.levels)},
+            "samples": {f"l{n + 1}": level.cache.num_samples for n, level in enumerate(self.levels)},
+            "stages": [
+                {"level": each.level, "steps": each.num_steps, **each.stage.model_dump(mode="json")}
+                for each in self.stages
+            ],
+            "seed": self.config.seed,
+            "precision": self.config.precision,
+            "shuffle_blocks": self.config.shuffle_blocks,
+            "overfit_one_batch": self.config.overfit_one_batch,
+        }
+
+    def choices(self) -> str:
+        """Say in one line what was chosen."""
+        data = ", ".join(dict.fromkeys(data_of(level, self.config) or "none" for level in self.levels))
+        return (
+            f"student {self.student.name}, cache {' > '.join(level.path for level in self.levels)}, data {data}, "
+            f"{len(self.stages)} stages, {self.total_steps} steps, out {self.out}"
+        )
+
+    def describe(self) -> str:
+        """Return a table of levels and stages, and the answer to whether the student fits."""
+        lines = [self.choices(), ""]
+        for each in self.stages:
+            terms = " + ".join(f"{weight:g} {term}" for term, weight in each.stage.terms.items())
+            lines.append(
+                f"  {each.name:8} {each.num_steps:6} steps x {each.stage.batch_size:<4} {each.sampler.num_samples:8} samples  "
+                f"{' + '.join(each.stage.trains):15} lr {each.stage.learning_rate:<7g} {terms}"
+            )
+        fits = [
+            f"student fits {level.path} (teacher {level.manifest.teacher.model})" for level in self.levels
+        ]
+        return "\n".join([*lines, "", *fits, *(f"note: {note}" for note in self.notes)])
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Decide everything that can be decided without weights.
+
+    Raises:
+        ConfigError: A setting, recipe or path is wrong.
+        CacheError: A cache is missing or damaged.
+        MismatchError: The student does not fit a cache; names the fields.
+    """
+    levels = tuple(Level(path, CacheReader(path)) for path in config.cache)
+    student = choose_student(config.student, levels[0])
+    shape = read_shape(student.path_or_id, revision=student.revision)
+    processor = load_processor(student.path_or_id, revision=student.revision)
+    notes = [
+        f"{level.path}: {note}"
+        for level in levels
+        for note in require_fit(
+            level.path, level.manifest, student.name, processor, vocab_rows=shape.vocab_rows
+        )
+    ]
+    notes += [
+        f"{level.path} is not finished: {level.cache.num_samples} of {level.manifest.samples.num_samples} samples"
+        for level in levels
+        if not level.cache.complete
+    ]
+    recipe = choose_recipe(config.recipe, levels, tiny=shape.is_tiny)
+    names = "-".join(Path(level.path).resolve().name for level in levels)
+    out = Path(config.out) if config.out else Path("runs") / f"{Path(student.name).name}-{names}"
+    return Plan(
+        config, student, shape, processor, levels, plan_stages(config, levels, recipe), out, tuple(notes)
+    )
+
+
+def choose_student(name: str | None, level: Level) -> ModelRef:
+    """Return the student that was named, or the smallest preset of the teacher's family.
+
+    Raises:
+        ConfigError: There is no such model, or the teacher's family has no preset.
+    """
+    if name is not None:
+        return resolve_model(name)
+    return smallest_of_family(resolve_model(level.manifest.teacher.model).family)
+
+
+def choose_recipe(name: str | None, levels: Sequence[Level], *, tiny: bool) -> Recipe:
+    """Return the recipe: a preset fitted to the caches, or a file taken at its word.
+
+    Raises:
+        ConfigError: No such recipe, or it has another number of levels than there are caches.
+    """
+    base = "tiny" if tiny else "paper"
+    if name is None or name in PRESETS:
+        recipe = preset_recipe(name or "cascade", base=base, num_levels=len(levels))
+        fitted = [
+            fit_preset(stages, level.cache.kinds, available_terms(level.manifest))
+            for stages, level in zip(recipe.levels, levels, strict=True)
+        ]
+        return Recipe(levels=tuple(fitted))
+    recipe = read_recipe(Path(name), base=base)
+    if len(recipe.levels) != len(levels):
+        raise ConfigError(
+            f"recipe {name} has {len(recipe.levels)} levels, there are {len(levels)} caches; give one --cache a level"
+        )
+    for level, stages in zip(levels, recipe.levels, strict=True):
+        _require_terms(level, stages)
+    return recipe
+
+
+def available_terms(manifest: Manifest) -> frozenset[Term]:
+    """Return the terms that a cache holds targets for."""
+    positions, stored = manifest.capture.positions, manifest.relation.store
+    has: Mapping[Term, bool] = {
+        "ce": True,
+        "response_kl": positions != "visual",
+        "visual_kl": positions != "response" and manifest.capture.visual_fraction > 0,
+        "relation": stored in ("factor", "both"),
+    }
+    return frozenset(term for term in TERMS if has[term])
+
+
+def _require_terms(level: Level, stages: Sequence[Stage]) -> None:
+    have = available_terms(level.manifest)
+    for stage in stages:
+        lacking = [term for term in stage.terms if term not in have]
+        if lacking:
+            raise ConfigError(
+                f"stage {stage.name!r} wants {', '.join(lacking)}, but {level.path} holds no targets for it (has "
+                f"{', '.join(sorted(have))}); leave the term out, or dump again with it"
+            )
+
+
+def plan_stages(config: TrainConfig, levels: Sequence[Level], recipe: Recipe) -> tuple[PlannedStage, ...]:
+    """Give every stage its samples and its number of steps."""
+    planned = []
+    for number, (level, stages) in enumerate(zip(levels, recipe.levels, strict=True)):
+        for place, stage in enumerate(stages):
+            sampler = Sampler(
+                level.cache,
+                stage,
+                seed=stage_seed(config.seed, number, place),
+                window_blocks=config.shuffle_blocks,
+                where=level.path,
+            )
+            planned.append(PlannedStage(number, place, stage, sampler, stage.num_steps(sampler.num_samples)))
+    return tuple(planned)
+
+
+def data_of(level: Level, config: TrainConfig) -> str | None:
+    """Return where a level's samples are: as the user says, else where the dump found them."""
+    if config.data is not None:
+        return config.data
+    return level.manifest.data_source.path if level.manifest.data_source else None
+
+
+def open_data(level: Level, config: TrainConfig) -> SampleSource:
+    """Open a level's samples.
+
+    Raises:
+        ConfigError: Nobody knows where they are, or they are not there.
+    """
+    path = data_of(level, config)
+    if path is None:
+        raise ConfigError(f"{level.path} does not say where its data is; name it with --data")
+    root = config.image_root
+    if root is None and config.data is None and level.manifest.data_source:
+        root = level.manifest.data_source.image_root
+    return open_source(path, image_root=root)

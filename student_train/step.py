@@ -1,0 +1,152 @@
+"""One optimiser step: micro-batches -> terms -> gradient -> guard -> AdamW.
+
+The loss is a mean over the whole global batch: its denominators are counted over all micro-batches
+and processes first, so that splitting a batch changes rounding and nothing else. Random draws
+(dropout) are seeded by stage and step, so a resumed run repeats them.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import TrainingError
+from student_train.batch import Batch
+from student_train.losses.objective import Counts, Objective, counts_of
+from student_train.losses.terms import RelationTerm, Term
+from student_train.model import Student
+from student_train.optim import learning_rate, make_optimizer, set_learning_rate
+from student_train.plan import PlannedStage
+from student_train.sampling import stage_seed
+from student_train.stream import StepInput
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What a step was like, over all processes."""
+
+    raw: Mapping[Term, float]
+    """Terms before their weights, nats (relation: none)."""
+    weighted: Mapping[Term, float]
+    """Terms times their weights."""
+    loss: float
+    """Their sum."""
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    """Of this step."""
+    num_tokens: int
+    """Real tokens of the global batch."""
+
+    def values(self) -> dict[str, float]:
+        """Return everything by the name it has in the metrics."""
+        terms = {f"raw/{term}": value for term, value in self.raw.items()}
+        terms |= {f"weighted/{term}": value for term, value in self.weighted.items()}
+        return {
+            **terms,
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "learning_rate": self.learning_rate,
+        }
+
+
+class StageTrainer:
+    """A student frozen for one stage, with its optimiser."""
+
+    def __init__(
+        self,
+        student: Student,
+        planned: PlannedStage,
+        relation: RelationTerm,
+        accelerator: Any,
+        *,
+        vocab_size: int,
+        seed: int,
+    ) -> None:
+        """Freeze the student, build the optimiser, let accelerate wrap both.
+
+        Args:
+            student: Carried over from the stage before.
+            planned: The stage.
+            relation: Which relation matrix the cache's factors speak of.
+            accelerator: accelerate's `Accelerator`.
+            vocab_size: Real tokens that teacher and student share.
+            seed: The run's seed.
+        """
+        student.freeze_but(planned.stage.trains)
+        self.student = student
+        self.planned = planned
+        self._stage = planned.stage
+        self._accelerator = accelerator
+        self._vocab_size = vocab_size
+        self._seed = stage_seed(seed, planned.level, planned.number)
+        self._objective = Objective(self._stage.terms, divergence=self._stage.divergence, relation=relation)
+        self.module, self.optimizer = accelerator.prepare(student, make_optimizer(student, self._stage))
+        self._trained = [value for value in self.module.parameters() if value.requires_grad]
+
+    def step(self, inputs: StepInput) -> StepReport:
+        """Take one optimiser step.
+
+        Raises:
+            TrainingError: Loss or gradient is not finite; names term, step and samples.
+        """
+        counts, num_tokens = self._count(inputs.batches)
+        rate = learning_rate(self._stage, inputs.step, self.planned.num_steps)
+        set_learning_rate(self.optimizer, rate)
+        torch.manual_seed((self._seed + inputs.step * 8191 + self._accelerator.process_index) % 2**63)
+        terms: list[Mapping[Term, Tensor]] = []
+        for number, batch in enumerate(inputs.batches):
+            last = number == len(inputs.batches) - 1
+            with nullcontext() if last else self._accelerator.no_sync(self.module):
+                outcome = self.module(
+                    batch.to(self._accelerator.device), self._objective, counts, self._vocab_size
+                )
+                self._accelerator.backward(outcome.loss)
+            terms.append(outcome.raw)
+        norm = self._accelerator.clip_grad_norm_(self._trained, self._stage.clip)
+        self._guard(inputs, terms, float(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self._report(terms, float(norm), rate, num_tokens)
+
+    def _count(self, batches: tuple[Batch, ...]) -> tuple[Counts, int]:
+        """Denominators over the global batch, divided by the processes that gradients are averaged over."""
+        local = [(*counts_of(batch), batch.num_tokens) for batch in batches]
+        sums = torch.tensor(local).sum(dim=0)
+        size = self._accelerator.num_processes
+        if size > 1:
+            sums = self._accelerator.reduce(sums.to(self._accelerator.device))
+        rows, visual, images, tokens = sums.tolist()
+        return Counts(rows / size, visual / size, images / size), int(tokens)
+
+    def _guard(self, inputs: StepInput, terms: list[Mapping[Term, Tensor]], norm: float) -> None:
+        if math.isfinite(norm):
+            return
+        found = [
+            f"{term} = {float(value)} in samples {', '.join(batch.sample_ids[:8])}"
+            for batch, values in zip(inputs.batches, terms, strict=True)
+            for term, value in values.items()
+            if not math.isfinite(float(value))
+        ]
+        samples = ", ".join(name for batch in inputs.batches for name in batch.sample_ids[:8])
+        raise TrainingError(
+            f"stage {self.planned.name}, step {inputs.step}: the gradient's norm is {norm}; "
+            f"{'; '.join(found) or f'every term is finite, samples {samples}'}; lower the learning rate, or look at "
+            f"the samples; --detect-anomaly names the operation"
+        )
+
+    def _report(
+        self, terms: list[Mapping[Term, Tensor]], norm: float, rate: float, num_tokens: int
+    ) -> StepReport:
+        names: list[Term] = list(self._stage.terms)
+        zero = torch.zeros((), device=self._accelerator.device)
+        sums = torch.stack([sum((each.get(name, zero) for each in terms), start=zero) for name in names])
+        if self._accelerator.num_processes > 1:
+            sums = self._accelerator.reduce(sums, reduction="mean")
+        raw: dict[Term, float] = dict(zip(names, sums.tolist(), strict=True))
+        weighted = {name: self._stage.terms[name] * value for name, value in raw.items()}
+        return StepReport(raw, weighted, sum(weighted.values()), norm, rate, num_tokens)

@@ -1,0 +1,293 @@
+"""The loop: level -> stage -> batch -> terms -> step -> checkpoint.
+
+    plan ──> run ──> for each stage of each level, from the cursor on
+                       freeze, build the optimiser
+                       for each step: batches (read ahead) ──> StageTrainer.step ──> metrics, checkpoint
+             model/ ──> evaluation ──> summary.json
+
+The student is carried over from stage to stage; the optimiser starts anew in each. Killed at any
+moment, the same command goes on from the last checkpoint and ends with the same weights.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from common.data.source import open_source
+from student_train.card import model_card
+from student_train.checkpoint import (
+    Checkpoints,
+    Cursor,
+    load_optimizer_state,
+    load_tensors,
+    optimizer_state,
+    put_weights,
+    trained_weights,
+)
+from student_train.config import TrainConfig
+from student_train.evaluate import evaluate, write_results
+from student_train.losses.terms import RelationTerm
+from student_train.metrics import Line, Metrics, write_json
+from student_train.model import Student, load_student, save_student
+from student_train.pixels import PixelLoader
+from student_train.plan import Plan, PlannedStage, make_plan, open_data
+from student_train.rundir import RunDirectory
+from student_train.step import StageTrainer, StepReport
+from student_train.stream import RecordSource, Share, StepInput, Stream, input_layout
+
+Summary = dict[str, Any]
+
+
+def train(config: TrainConfig, plan: Plan | None = None) -> Summary:
+    """Train a student from its caches and say what came out.
+
+    Args:
+        config: The settings.
+        plan: What `make_plan(config)` gave, if it has been called already.
+
+    Raises:
+        CascacheError: Whatever stops the run; see `common.errors`.
+    """
+    with Run(plan or make_plan(config)) as run:
+        for number, planned in run.stages_left():
+            trainer = run.begin(number, planned)
+            for inputs, wait_seconds in run.read(planned):
+                run.record(trainer, trainer.step(inputs), inputs.step, wait_seconds)
+                if run.stopped:
+                    return run.summarise()
+        run.save_model()
+        run.answer_held_out()
+        return run.summarise()
+
+
+class Run:
+    """A plan being carried out: its student, its cursor, its directory."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Claim the run directory, find the newest checkpoint, load the student unless all is done.
+
+        Args:
+            plan: What to do.
+
+        Raises:
+            TrainingError: The directory holds a run with other settings.
+        """
+        config = plan.config
+        self.plan = plan
+        self.directory = RunDirectory(plan.out, plan.identity())
+        self.accelerator = make_accelerator(plan)
+        self._is_main = bool(self.accelerator.is_main_process)
+        if self._is_main:
+            self.directory.claim(restart=config.restart, notes=plan.notes)
+        self.accelerator.wait_for_everyone()
+        self._checkpoints = Checkpoints(self.directory.checkpoints, self.directory.identity)
+        found = None if self.directory.finished else self._checkpoints.latest()
+        done = Cursor(len(plan.stages), 0, plan.total_steps) if self.directory.finished else Cursor()
+        self.cursor = found.cursor if found else done
+        self._started_at = self.cursor.total_steps
+        self._optimizer_state: dict[str, torch.Tensor] = {}
+        self.student: Student | None = None
+        if not self.directory.finished:
+            self.student = load_student(plan.student.path_or_id, revision=plan.student.revision)
+            if config.gradient_checkpointing:
+                self.student.recompute_activations()
+            if found:
+                weights, self._optimizer_state = load_tensors(found)
+                put_weights(self.student.model, weights)
+        self.metrics = Metrics(
+            self.directory.metrics if self._is_main else None,
+            log_steps=config.log_steps,
+            accelerator=self.accelerator if config.tensorboard else None,
+        )
+        self._last_lines: dict[str, Line] = {}
+        self._scores: dict[str, Any] | None = None
+
+    def __enter__(self) -> Self:
+        """Start trackers and progress bar."""
+        from tqdm import tqdm
+
+        self.metrics.resume(self.cursor.total_steps)
+        if self.plan.config.tensorboard and not self.directory.finished:
+            self.accelerator.init_trackers("tensorboard")
+        self._bar: Any = tqdm(
+            total=min(self.plan.total_steps, self.plan.config.max_steps or self.plan.total_steps),
+            initial=self.cursor.total_steps,
+            unit="step",
+            disable=None if self._is_main else True,
+        )
+        self._began = self._step_began = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close trackers and progress bar."""
+        self._bar.close()
+        self.accelerator.end_training()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether `--max-steps` ends the run before its time."""
+        limit = self.plan.config.max_steps
+        return limit is not None and limit <= self.cursor.total_steps < self.plan.total_steps
+
+    def stages_left(self) -> Iterator[tuple[int, PlannedStage]]:
+        """Yield the stages from the cursor on, with their numbers."""
+        yield from list(enumerate(self.plan.stages))[self.cursor.stage :]
+
+    def begin(self, number: int, planned: PlannedStage) -> StageTrainer:
+        """Prepare a stage; where a run was killed inside it, put its optimiser back."""
+        assert self.student is not None
+        relation = self.plan.levels[planned.level].manifest.relation
+        self.accelerator.free_memory()
+        trainer = StageTrainer(
+            self.student,
+            planned,
+            RelationTerm(of=relation.of, norm=relation.norm),
+            self.accelerator,
+            vocab_size=self._vocab_size(planned),
+            seed=self.plan.config.seed,
+        )
+        load_optimizer_state(trainer.optimizer.optimizer, self.student.model, self._optimizer_state)
+        self._optimizer_state = {}
+        self._bar.set_description(planned.name)
+        self._step_began = time.perf_counter()
+        return trainer
+
+    def _vocab_size(self, planned: PlannedStage) -> int:
+        return min(self.plan.levels[planned.level].manifest.vocab_size, self.plan.shape.vocab_rows)
+
+    def read(self, planned: PlannedStage) -> Iterator[tuple[StepInput, float]]:
+        """Yield a stage's steps from the cursor on, with the seconds each was waited for."""
+        with closing(self._stream(planned).read_steps(self.cursor.step, planned.num_steps)) as steps:
+            while True:
+                began = time.perf_counter()
+                inputs = next(steps, None)
+                if inputs is None:
+                    return
+                yield inputs, time.perf_counter() - began
+
+    def _stream(self, planned: PlannedStage) -> Stream:
+        assert self.student is not None
+        config, level = self.plan.config, self.plan.levels[planned.level]
+        layout = input_layout(
+            self.plan.processor,
+            self.plan.shape.image_token_id,
+            token_types=self.student.family.token_types,
+            vocab_size=self._vocab_size(planned),
+        )
+        return Stream(
+            RecordSource(level.cache, keep_blocks=2 * config.shuffle_blocks),
+            PixelLoader(
+                open_data(level, config), self.plan.processor, keep_bytes=config.pixel_cache_mb << 20
+            ),
+            planned.sampler,
+            planned.stage,
+            layout,
+            share=Share(self.accelerator.process_index, self.accelerator.num_processes, config.micro_batch),
+            workers=config.workers,
+            prefetch=config.prefetch,
+            first_batch_only=config.overfit_one_batch,
+        )
+
+    def record(self, trainer: StageTrainer, report: StepReport, step: int, wait_seconds: float) -> None:
+        """Move the cursor past a step; write metrics and, when it is time, a checkpoint."""
+        planned, config = trainer.planned, self.plan.config
+        ends_stage = step + 1 == planned.num_steps
+        total = self.cursor.total_steps + 1
+        self.cursor = (
+            Cursor(self.cursor.stage + 1, 0, total)
+            if ends_stage
+            else Cursor(self.cursor.stage, step + 1, total)
+        )
+        now = time.perf_counter()
+        seconds, self._step_began = now - self._step_began, now
+        speed = {
+            "tokens_per_second": report.num_tokens / seconds,
+            "data_wait_share": wait_seconds / seconds,
+            "step_seconds": seconds,
+        }
+        where: Line = {
+            "level": planned.level + 1,
+            "stage": planned.stage.name,
+            "step": step + 1,
+            "total_step": total,
+        }
+        self.metrics.add(report.values() | speed, where=where)
+        if ends_stage or self.stopped:
+            self.metrics.flush(where)
+            self._last_lines[planned.name] = self.metrics.last
+        self._bar.update()
+        self._bar.set_postfix(loss=f"{report.loss:.3f}", refresh=False)
+        if ends_stage or self.stopped or total % config.save_steps == 0:
+            self._save_checkpoint(trainer, ends_stage=ends_stage)
+
+    def _save_checkpoint(self, trainer: StageTrainer, *, ends_stage: bool) -> None:
+        if self._is_main:
+            last = self.cursor.stage if not ends_stage else self.cursor.stage - 1
+            parts = {part for planned in self.plan.stages[: last + 1] for part in planned.stage.trains}
+            moments = (
+                {} if ends_stage else optimizer_state(trainer.optimizer.optimizer, trainer.student.model)
+            )
+            self._checkpoints.save(self.cursor, trained_weights(trainer.student, parts), moments)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self) -> None:
+        """Write the finished student with its card, and drop the checkpoints."""
+        if self._is_main and not self.directory.finished:
+            assert self.student is not None
+            card = model_card(self.plan, dict(self.metrics.last))
+            save_student(self.student, self.plan.processor, self.directory.model, card=card)
+            self._checkpoints.forget()
+        self.accelerator.wait_for_everyone()
+
+    def answer_held_out(self) -> None:
+        """Answer the `--eval` questions with the finished student; one process does it."""
+        path = self.plan.config.eval
+        if path is not None and self._is_main:
+            source = open_source(path, image_root=self.plan.config.image_root)
+            self._scores, answers = evaluate(str(self.directory.model), source)
+            write_results(self.directory.path, self._scores, answers)
+        self.accelerator.wait_for_everyone()
+
+    def summarise(self) -> Summary:
+        """Write summary.json and return it."""
+        steps, seconds = self.cursor.total_steps - self._started_at, time.perf_counter() - self._began
+        summary: Summary = {
+            "model": str(self.directory.model) if self.directory.finished else None,
+            "out": str(self.directory.path),
+            "student": self.plan.student.name,
+            "finished": self.directory.finished,
+            "steps": self.cursor.total_steps,
+            "total_steps": self.plan.total_steps,
+            "seconds": round(seconds, 3),
+            "steps_per_second": round(steps / seconds, 3),
+            "stages": self._last_lines,
+            "eval": self._scores,
+            "is_main": self._is_main,
+        }
+        if self._is_main and (steps or self._scores):
+            write_json(self.directory.summary, summary)
+        return summary
+
+
+def make_accelerator(plan: Plan) -> Any:
+    """Start accelerate: one process or many, on what the machine has.
+
+    Args:
+        plan: Its configuration names device, precision and run directory.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    config = plan.config
+    return Accelerator(
+        cpu=config.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        log_with="tensorboard" if config.tensorboard else None,
+        project_config=ProjectConfiguration(project_dir=str(plan.out), logging_dir=str(plan.out)),
+    )
