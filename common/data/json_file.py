@@ -1,6 +1,6 @@
 """A data file whose entries are parsed on access: shared by LLaVA JSON and JSONL.
 
-Opening scans the file once (about 100 MB/s) for entry boundaries, ids and image keys; after that a
+Opening scans the file once (about 90 MB/s) for entry boundaries, ids and image keys; after that a
 sample costs one `pread` and one small parse, and the index about 50 bytes.
 """
 

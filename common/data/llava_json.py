@@ -74,8 +74,9 @@ class _Window:
     def more(self) -> bool:
         """Read on, doubling when one entry fills the window; false at the end of the file."""
         chunk = self.file.read(max(self.window_bytes, self.rest)).decode("latin-1")
-        self.text = self.text[self.place :] + chunk
-        self.at, self.place = self.at + self.place, 0
+        if chunk:
+            self.text = self.text[self.place :] + chunk
+            self.at, self.place = self.at + self.place, 0
         return bool(chunk)
 
     def skip(self, mark: str) -> bool:
@@ -95,7 +96,8 @@ class _Window:
         """Byte range and value of the element that comes next."""
         self.skip("")
         value, stop = self.decode()
-        while stop == len(self.text) and self.more():
+        # A number may go on past the window: 1, 1.5 and 1e+5 all start with 1.
+        while isinstance(value, int | float) and len(self.text) - stop < 4 and self.more():
             value, stop = self.decode()
         raw = self.text[self.place : stop]
         start = self.at + self.place
