@@ -20,7 +20,7 @@ class ImageRef(Frozen):
     """Where one image is: a path on disk, or its encoded bytes (exactly one of the two)."""
 
     path: str | None = None
-    """Path of the encoded image file, absolute or relative to the working directory."""
+    """Path of the encoded image file as the data names it; relative paths start from the image root."""
     data: bytes | None = None
     """The encoded image (PNG, JPEG, ...), when the data set carries it inline."""
 
