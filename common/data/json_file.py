@@ -30,7 +30,6 @@ class JsonFile(SampleSource):
     def __init__(self, path: Path, *, image_root: str | None, duplicates: Duplicates = "refuse") -> None:
         self._file = path.resolve()
         self.path = str(self._file) + (NUMBER_SUFFIX if duplicates == "number" else "")
-        self._descriptor: int | None = None
         first, index = self._build(duplicates)
         self._index = index
         self.image_root = image_root or find_image_root(self._file.parent, first)
@@ -84,17 +83,22 @@ class JsonFile(SampleSource):
         return self._index.image_keys
 
     def _open(self) -> int:
-        if self._descriptor is None:
-            self._descriptor = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptor
+        """The file's descriptor, opened once a process; of two racing threads the later closes its own."""
+        found: int | None = self.__dict__.get("_descriptor")
+        if found is None:
+            mine = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+            found = self.__dict__.setdefault("_descriptor", mine)
+            if found != mine:
+                os.close(mine)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_descriptor"}
 
     def __del__(self) -> None:
-        if getattr(self, "_descriptor", None) is not None:
-            os.close(self._open())
-            self._descriptor = None
+        descriptor = self.__dict__.pop("_descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def json_error(file: BinaryIO, name: str, place: int, found: str) -> DataError:

@@ -75,7 +75,7 @@ def write_shapes(
     for index in tqdm(range(num_images), desc=f"render {name}", disable=num_images < 200):
         scene = scenes.scene_at(seed, index)
         image = f"images/{name}/{index:06d}.png"
-        (directory / image).write_bytes(png_bytes(scene))
+        _write_if_other(directory / image, png_bytes(scene))
         asked = scenes.questions(scene, questions_per_image, label_noise=label_noise)
         base = {"id": f"{name}-{index:06d}", "image": image}
         if captions:
@@ -107,6 +107,12 @@ def png_bytes(scene: scenes.Scene) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(scenes.draw(scene)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def _write_if_other(path: Path, content: bytes) -> None:
+    """Leave an equal file alone: another process may be reading it."""
+    if not path.exists() or path.read_bytes() != content:
+        path.write_bytes(content)
 
 
 def _write_at_once(path: Path, text: str) -> None:
@@ -193,7 +199,8 @@ def _claim(directory: Path, settings: ShapesSettings) -> None:
     wanted = settings.model_dump_json(indent=1) + "\n"
     directory.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        others = [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
+        names = (entry.name for entry in directory.iterdir())
+        others = [name for name in names if name != path.name and not name.startswith(".")]
         if others:
             raise ConfigError(
                 f"{directory} holds other data ({others[0]}); give dir= a new or empty directory"
