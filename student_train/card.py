@@ -33,12 +33,14 @@ Load it with `AutoModelForImageTextToText.from_pretrained` and `AutoProcessor`, 
 
 
 def _levels(plan: Plan) -> str:
-    rows = [
-        f"| l{number + 1} | {level.manifest.teacher.model} | {level.manifest.teacher.weights_sha256[:12]} | "
-        f"{level.manifest.teacher.dtype} | {level.manifest.capture.topk} / {level.manifest.capture.visual_topk} | "
-        f"{level.cache.num_samples} | {identity_sha256(level.manifest)} |"
-        for number, level in enumerate(plan.levels)
-    ]
+    rows = []
+    for number, level in enumerate(plan.levels):
+        teacher, capture = level.manifest.teacher, level.manifest.capture
+        rows.append(
+            f"| l{number + 1} | {teacher.model} | {teacher.weights_sha256[:12]} | {teacher.dtype} | "
+            f"{capture.topk} / {capture.visual_topk} | {level.cache.num_samples} | "
+            f"{identity_sha256(level.manifest)} |"
+        )
     return "\n".join(
         [
             "## Caches\n",

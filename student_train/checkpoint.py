@@ -89,8 +89,9 @@ class Checkpoints:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         final = self.directory / f"{cursor.total_steps:08d}"
+        for torn in self.directory.glob(".tmp*"):
+            shutil.rmtree(torn)
         temporary = self.directory / f".tmp{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save_file(dict(weights), temporary / "weights.safetensors")
         save_file(dict(optimizer), temporary / "optimizer.safetensors")

@@ -73,7 +73,8 @@ def _report(summary: dict[str, Any]) -> str:
         lines.append(f"{name}: {terms}")
     if not summary["finished"]:
         lines.append(
-            f"stopped at step {summary['steps']} of {summary['total_steps']}; run again without --max-steps to go on"
+            f"stopped at step {summary['steps']} of {summary['total_steps']}; "
+            f"run again without --max-steps to go on"
         )
     else:
         lines.append(f"model: {summary['model']} ({summary['steps']} steps, {summary['seconds']:.0f} s)")

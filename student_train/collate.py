@@ -116,8 +116,9 @@ def _check_marks(record: Record, image_token_id: int) -> None:
     wanted = sum(span.stop - span.start for span in record.spans if span.kind == "image")
     if found != wanted:
         raise MismatchError(
-            f"sample {record.sample_id!r}: {found} positions hold the student's image token {image_token_id}, the "
-            f"cache's image spans cover {wanted}; the student's image token is another one than the teacher's"
+            f"sample {record.sample_id!r}: {found} positions hold the student's image token "
+            f"{image_token_id}, the cache's image spans cover {wanted}; the student marks images otherwise "
+            f"than the teacher: choose another student"
         )
 
 

@@ -68,6 +68,16 @@ class Metrics:
             self._accelerator.log(means, step=int(where["total_step"]))
 
 
+def read_stage_ends(path: Path) -> dict[str, Line]:
+    """Return the last line of every level and stage, as `l1/dft` -> line.
+
+    Args:
+        path: The JSONL file; it may be missing.
+    """
+    lines = _read_lines(path) if path.exists() else []
+    return {f"l{line['level']}/{line['stage']}": line for line in lines}
+
+
 def _read_lines(path: Path) -> list[Line]:
     """Read whole lines; a torn last one, left by a kill, is dropped."""
     lines = []

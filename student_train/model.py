@@ -111,8 +111,8 @@ def family_of(model_type: str, path: str) -> Family:
     family = FAMILIES.get(model_type)
     if family is None:
         raise ConfigError(
-            f"{path} is of type {model_type!r}; students can be {', '.join(FAMILIES)}. To add it, name its tower "
-            f"and projector prefixes in FAMILIES of student_train/model.py"
+            f"{path} is of type {model_type!r}; students can be {', '.join(FAMILIES)}. To add it, name its "
+            f"tower and projector prefixes in FAMILIES of student_train/model.py"
         )
     return family
 
@@ -120,7 +120,7 @@ def family_of(model_type: str, path: str) -> Family:
 class Student(nn.Module):
     """A vision-language model whose pieces are known. Axes: B batch, T length, D width, V vocabulary."""
 
-    def __init__(self, model: nn.Module, path: str) -> None:
+    def __init__(self, model: Any, path: str) -> None:
         """Wrap a loaded model.
 
         Args:
@@ -133,13 +133,13 @@ class Student(nn.Module):
         super().__init__()
         self.model: Any = model
         self.path = path
-        self.family = family_of(self.model.config.model_type, path)
-        text = self.model.config.get_text_config()
+        self.family = family_of(model.config.model_type, path)
+        text = model.config.get_text_config()
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
             if getattr(text, name, None) not in (None, 1.0):
                 raise ConfigError(
-                    f"{path} has {name} = {getattr(text, name)}: its logits are not linear in the hidden states, "
-                    f"which the losses rely on; choose a student without it"
+                    f"{path} has {name} = {getattr(text, name)}: its logits are not linear in the hidden "
+                    f"states, which the losses rely on; choose a student without it"
                 )
 
     def part_of(self, name: str) -> Part:
@@ -237,7 +237,8 @@ def load_student(path: str, *, revision: str | None = None, dtype: torch.dtype =
         raise ConfigError(f"{path} holds no weights that transformers can load ({error})") from error
     if report["missing_keys"]:
         raise ConfigError(
-            f"{path} lacks weights {sorted(report['missing_keys'])[:3]}...: they would start at random; mend the directory"
+            f"{path} lacks weights {sorted(report['missing_keys'])[:3]}...: they would start at random; "
+            f"mend the directory"
         )
     return Student(model, path)
 

@@ -72,8 +72,8 @@ class PixelLoader:
         wanted = tuple(image.num_positions for image in record.visual)
         if pixels.num_tokens != wanted:
             raise MismatchError(
-                f"sample {record.sample_id!r}: the student's processor gives its images {pixels.num_tokens} positions, "
-                f"the cache has {wanted}; use the teacher's image settings, or dump again"
+                f"sample {record.sample_id!r}: the student's processor gives its images {pixels.num_tokens} "
+                f"positions, the cache has {wanted}; use the teacher's image settings, or dump again"
             )
         return pixels
 
@@ -91,7 +91,8 @@ class PixelLoader:
             found = hashlib.sha256(encoded).hexdigest()
             if found != wanted:
                 raise MismatchError(
-                    f"{where} has sha256 {found[:12]}, the teacher saw {wanted[:12]}; restore the image, or dump again"
+                    f"{where} has sha256 {found[:12]}, the teacher saw {wanted[:12]}; "
+                    f"restore the image, or dump again"
                 )
             images.append(decode_image(encoded, where=where))
         return preprocess(self._processor, images)

@@ -15,7 +15,7 @@ from common.cache.reader import CacheReader
 from common.chat import load_processor
 from common.compat import require_fit
 from common.data.source import SampleSource, open_source
-from common.errors import ConfigError
+from common.errors import ConfigError, MismatchError
 from common.models import ModelRef, resolve_model, smallest_of_family
 from schemas.manifest import Manifest
 from student_train.config import TrainConfig
@@ -33,6 +33,8 @@ class Level:
     """Directory of its cache."""
     cache: CacheReader
     """The cache, open."""
+    source: SampleSource
+    """The samples it was dumped from: their images are read again."""
 
     @property
     def manifest(self) -> Manifest:
@@ -79,6 +81,8 @@ class Plan:
     """All stages of all levels, in order."""
     out: Path
     """The run directory."""
+    held_out: SampleSource | None
+    """Samples to answer after training."""
     notes: tuple[str, ...]
     """Differences that do no harm, written into the run's record."""
 
@@ -106,10 +110,10 @@ class Plan:
 
     def choices(self) -> str:
         """Say in one line what was chosen."""
-        data = ", ".join(dict.fromkeys(data_of(level, self.config) or "none" for level in self.levels))
+        data = ", ".join(dict.fromkeys(level.source.path for level in self.levels))
         return (
-            f"student {self.student.name}, cache {' > '.join(level.path for level in self.levels)}, data {data}, "
-            f"{len(self.stages)} stages, {self.total_steps} steps, out {self.out}"
+            f"student {self.student.name}, cache {' > '.join(level.path for level in self.levels)}, "
+            f"data {data}, {len(self.stages)} stages, {self.total_steps} steps, out {self.out}"
         )
 
     def describe(self) -> str:
@@ -118,8 +122,9 @@ class Plan:
         for each in self.stages:
             terms = " + ".join(f"{weight:g} {term}" for term, weight in each.stage.terms.items())
             lines.append(
-                f"  {each.name:8} {each.num_steps:6} steps x {each.stage.batch_size:<4} {each.sampler.num_samples:8} samples  "
-                f"{' + '.join(each.stage.trains):15} lr {each.stage.learning_rate:<7g} {terms}"
+                f"  {each.name:8} {each.num_steps:6} steps x {each.stage.batch_size:<4} "
+                f"{each.sampler.num_samples:8} samples  {' + '.join(each.stage.trains):15} "
+                f"lr {each.stage.learning_rate:<7g} {terms}"
             )
         fits = [
             f"student fits {level.path} (teacher {level.manifest.teacher.model})" for level in self.levels
@@ -135,7 +140,8 @@ def make_plan(config: TrainConfig) -> Plan:
         CacheError: A cache is missing or damaged.
         MismatchError: The student does not fit a cache; names the fields.
     """
-    levels = tuple(Level(path, CacheReader(path)) for path in config.cache)
+    levels = tuple(open_level(path, config) for path in config.cache)
+    held_out = open_source(config.eval, image_root=config.image_root) if config.eval else None
     student = choose_student(config.student, levels[0])
     shape = read_shape(student.path_or_id, revision=student.revision)
     processor = load_processor(student.path_or_id, revision=student.revision)
@@ -147,16 +153,43 @@ def make_plan(config: TrainConfig) -> Plan:
         )
     ]
     notes += [
-        f"{level.path} is not finished: {level.cache.num_samples} of {level.manifest.samples.num_samples} samples"
+        f"{level.path} is not finished: {level.cache.num_samples} of "
+        f"{level.manifest.samples.num_samples} samples"
         for level in levels
         if not level.cache.complete
     ]
     recipe = choose_recipe(config.recipe, levels, tiny=shape.is_tiny)
     names = "-".join(Path(level.path).resolve().name for level in levels)
     out = Path(config.out) if config.out else Path("runs") / f"{Path(student.name).name}-{names}"
-    return Plan(
-        config, student, shape, processor, levels, plan_stages(config, levels, recipe), out, tuple(notes)
-    )
+    stages = plan_stages(config, levels, recipe)
+    return Plan(config, student, shape, processor, levels, stages, out, held_out, tuple(notes))
+
+
+def open_level(path: str, config: TrainConfig) -> Level:
+    """Open a cache and the samples it was dumped from.
+
+    The samples are where `--data` says, else where the cache says the dump found them.
+
+    Raises:
+        CacheError: The cache is missing or damaged.
+        ConfigError: Nobody knows where the samples are, or they are not there.
+        MismatchError: The samples there are not the cache's.
+    """
+    cache = CacheReader(path)
+    found = cache.manifest.data_source
+    data = config.data or (found.path if found else None)
+    if data is None:
+        raise ConfigError(f"{path} does not say where its data is; name it with --data")
+    root = config.image_root or (found.image_root if found and config.data is None else None)
+    source = open_source(data, image_root=root)
+    known = set(source.sample_ids())
+    missing = [sample_id for sample_id in cache.sample_ids if sample_id not in known]
+    if missing:
+        raise MismatchError(
+            f"{len(missing)} of {cache.num_samples} samples of {path} are not in {source.path} (such as "
+            f"{missing[0]!r}); point --data at the samples that were dumped"
+        )
+    return Level(path, cache, source)
 
 
 def choose_student(name: str | None, level: Level) -> ModelRef:
@@ -187,7 +220,8 @@ def choose_recipe(name: str | None, levels: Sequence[Level], *, tiny: bool) -> R
     recipe = read_recipe(Path(name), base=base)
     if len(recipe.levels) != len(levels):
         raise ConfigError(
-            f"recipe {name} has {len(recipe.levels)} levels, there are {len(levels)} caches; give one --cache a level"
+            f"recipe {name} has {len(recipe.levels)} levels, there are {len(levels)} caches; "
+            f"give one --cache a level"
         )
     for level, stages in zip(levels, recipe.levels, strict=True):
         _require_terms(level, stages)
@@ -212,8 +246,8 @@ def _require_terms(level: Level, stages: Sequence[Stage]) -> None:
         lacking = [term for term in stage.terms if term not in have]
         if lacking:
             raise ConfigError(
-                f"stage {stage.name!r} wants {', '.join(lacking)}, but {level.path} holds no targets for it (has "
-                f"{', '.join(sorted(have))}); leave the term out, or dump again with it"
+                f"stage {stage.name!r} wants {', '.join(lacking)}, but {level.path} holds no targets for it "
+                f"(has {', '.join(sorted(have))}); leave the term out, or dump again with it"
             )
 
 
@@ -231,25 +265,3 @@ def plan_stages(config: TrainConfig, levels: Sequence[Level], recipe: Recipe) ->
             )
             planned.append(PlannedStage(number, place, stage, sampler, stage.num_steps(sampler.num_samples)))
     return tuple(planned)
-
-
-def data_of(level: Level, config: TrainConfig) -> str | None:
-    """Return where a level's samples are: as the user says, else where the dump found them."""
-    if config.data is not None:
-        return config.data
-    return level.manifest.data_source.path if level.manifest.data_source else None
-
-
-def open_data(level: Level, config: TrainConfig) -> SampleSource:
-    """Open a level's samples.
-
-    Raises:
-        ConfigError: Nobody knows where they are, or they are not there.
-    """
-    path = data_of(level, config)
-    if path is None:
-        raise ConfigError(f"{level.path} does not say where its data is; name it with --data")
-    root = config.image_root
-    if root is None and config.data is None and level.manifest.data_source:
-        root = level.manifest.data_source.image_root
-    return open_source(path, image_root=root)

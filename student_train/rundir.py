@@ -19,8 +19,10 @@ from common.errors import TrainingError
 from student_train.metrics import write_json
 from student_train.recipe import recipe_differences
 
-_MADE_BY_A_RUN = ("checkpoints", "model", "tensorboard", "run.json", "summary.json", "metrics.jsonl", "eval.json",
-                  "answers.jsonl")  # fmt: skip
+_MADE_BY_A_RUN = (
+    *("checkpoints", "model", "tensorboard"),
+    *("run.json", "summary.json", "metrics.jsonl", "eval.json", "answers.jsonl", "profile.json"),
+)
 
 
 class RunDirectory:
@@ -55,6 +57,8 @@ class RunDirectory:
                 shutil.rmtree(self.path / name, ignore_errors=True)
                 (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
+        for torn in self.path.glob(".*.tmp*"):
+            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
         record = self.path / "run.json"
         if record.exists():
             refuse_other(self.path, json.loads(record.read_text(encoding="utf-8"))["identity"], self.identity)

@@ -68,8 +68,8 @@ class Sampler:
         self.num_samples = int(self._selected.sum())
         if not self.num_samples:
             raise ConfigError(
-                f"stage {stage.name!r} wants kinds {list(stage.kinds) or 'any'}, {where} has {sorted(labels)}; "
-                f"mend the recipe"
+                f"stage {stage.name!r} wants kinds {list(stage.kinds) or 'any'}, {where} has "
+                f"{sorted(labels)}; mend the recipe"
             )
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 

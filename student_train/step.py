@@ -135,8 +135,8 @@ class StageTrainer:
         samples = ", ".join(name for batch in inputs.batches for name in batch.sample_ids[:8])
         raise TrainingError(
             f"stage {self.planned.name}, step {inputs.step}: the gradient's norm is {norm}; "
-            f"{'; '.join(found) or f'every term is finite, samples {samples}'}; lower the learning rate, or look at "
-            f"the samples; --detect-anomaly names the operation"
+            f"{'; '.join(found) or f'every term is finite, samples {samples}'}; lower the learning rate, "
+            f"or look at the samples; --detect-anomaly names the operation"
         )
 
     def _report(

@@ -17,7 +17,6 @@ from typing import Any, Self
 
 import torch
 
-from common.data.source import open_source
 from student_train.card import model_card
 from student_train.checkpoint import (
     Checkpoints,
@@ -31,10 +30,11 @@ from student_train.checkpoint import (
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate, write_results
 from student_train.losses.terms import RelationTerm
-from student_train.metrics import Line, Metrics, write_json
+from student_train.metrics import Line, Metrics, read_stage_ends, write_json
 from student_train.model import Student, load_student, save_student
 from student_train.pixels import PixelLoader
-from student_train.plan import Plan, PlannedStage, make_plan, open_data
+from student_train.plan import Plan, PlannedStage, make_plan
+from student_train.profiling import Profiler
 from student_train.rundir import RunDirectory
 from student_train.step import StageTrainer, StepReport
 from student_train.stream import RecordSource, Share, StepInput, Stream, input_layout
@@ -103,7 +103,6 @@ class Run:
             log_steps=config.log_steps,
             accelerator=self.accelerator if config.tensorboard else None,
         )
-        self._last_lines: dict[str, Line] = {}
         self._scores: dict[str, Any] | None = None
 
     def __enter__(self) -> Self:
@@ -119,6 +118,8 @@ class Run:
             unit="step",
             disable=None if self._is_main else True,
         )
+        wanted = self.plan.config.profile and self._is_main
+        self._profiler = Profiler(self.directory.path / "profile.json" if wanted else None)
         self._began = self._step_began = time.perf_counter()
         return self
 
@@ -126,6 +127,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close trackers and progress bar."""
+        self._profiler.close()
         self._bar.close()
         self.accelerator.end_training()
 
@@ -144,6 +146,7 @@ class Run:
         assert self.student is not None
         relation = self.plan.levels[planned.level].manifest.relation
         self.accelerator.free_memory()
+        torch.autograd.set_detect_anomaly(self.plan.config.detect_anomaly, check_nan=True)
         trainer = StageTrainer(
             self.student,
             planned,
@@ -182,9 +185,7 @@ class Run:
         )
         return Stream(
             RecordSource(level.cache, keep_blocks=2 * config.shuffle_blocks),
-            PixelLoader(
-                open_data(level, config), self.plan.processor, keep_bytes=config.pixel_cache_mb << 20
-            ),
+            PixelLoader(level.source, self.plan.processor, keep_bytes=config.pixel_cache_mb << 20),
             planned.sampler,
             planned.stage,
             layout,
@@ -220,9 +221,9 @@ class Run:
         self.metrics.add(report.values() | speed, where=where)
         if ends_stage or self.stopped:
             self.metrics.flush(where)
-            self._last_lines[planned.name] = self.metrics.last
         self._bar.update()
         self._bar.set_postfix(loss=f"{report.loss:.3f}", refresh=False)
+        self._profiler.step()
         if ends_stage or self.stopped or total % config.save_steps == 0:
             self._save_checkpoint(trainer, ends_stage=ends_stage)
 
@@ -247,10 +248,8 @@ class Run:
 
     def answer_held_out(self) -> None:
         """Answer the `--eval` questions with the finished student; one process does it."""
-        path = self.plan.config.eval
-        if path is not None and self._is_main:
-            source = open_source(path, image_root=self.plan.config.image_root)
-            self._scores, answers = evaluate(str(self.directory.model), source)
+        if self.plan.held_out is not None and self._is_main:
+            self._scores, answers = evaluate(str(self.directory.model), self.plan.held_out)
             write_results(self.directory.path, self._scores, answers)
         self.accelerator.wait_for_everyone()
 
@@ -266,7 +265,7 @@ class Run:
             "total_steps": self.plan.total_steps,
             "seconds": round(seconds, 3),
             "steps_per_second": round(steps / seconds, 3),
-            "stages": self._last_lines,
+            "stages": read_stage_ends(self.directory.metrics),
             "eval": self._scores,
             "is_main": self._is_main,
         }
