@@ -32,6 +32,16 @@ KEY_BYTES: Final = 16
 SHA_BYTES: Final = 32
 """Bytes of an image's SHA-256 in `image_keys`."""
 
+SCALARS_PER_LOGIT_STEP: Final = 16
+"""`scalar_steps` count in `logit_step / 16` nats: sixteen times finer than the kept logits."""
+
+NO_VALUE: Final = -(2**31)
+"""The entry of `scalar_steps` that stands for −inf."""
+
+IdScope = Literal["owner", "block", "part", "plain"]
+"""Whose dictionary the codes index: one for each sample (response rows) or image (visual rows), one a block,
+one a part (in the place of block 0), or none: the codes are the ids."""
+
 ROW_TABLES: Final = ("response", "visual")
 """The two tables of rows; both hold the arrays of `ROW_ARRAYS` under their own prefix."""
 
@@ -65,7 +75,7 @@ IMAGE_ARRAYS: Final = (
     ArraySpec("image_keys", ("uint8",), ("byte",), "small", optional=True),
     ArraySpec("image_errors", ("float64",), ("I",), "small", optional=True),
     ArraySpec("image_tiles", ("int32",), ("field", "tile"), "small", optional=True),
-    ArraySpec("image_factor", ("int16",), ("cell",), "dense", optional=True),
+    ArraySpec("image_factor", ("int16", "int32"), ("R", "P"), "dense", optional=True),
     ArraySpec("image_factor_scale", ("float32",), ("R",), "dense", optional=True),
     ArraySpec("image_hidden", ("uint16", "float32", "int16"), ("cell",), "dense", optional=True),
     ArraySpec("image_hidden_scale", ("float32",), ("position",), "dense", optional=True),
@@ -73,11 +83,16 @@ IMAGE_ARRAYS: Final = (
 
 ROW_ARRAYS: Final = (
     ArraySpec("positions", ("int32",), ("N",), "trend", optional=True),
+    ArraySpec("scalar_steps", ("int32",), ("column", "N"), "dense", optional=True),
     ArraySpec("scalars", ("float32",), ("column", "N"), "dense", optional=True),
     ArraySpec("kept", ("uint16", "uint32"), ("N",), "small", optional=True),
-    ArraySpec("logits", ("uint16", "uint32", "float32"), ("K", "N"), "dense", optional=True),
+    ArraySpec("level_pairs", ("uint16",), ("pair", "N"), "dense", optional=True),
+    ArraySpec("levels", ("uint16", "uint32"), ("K", "N"), "dense", optional=True),
+    ArraySpec("logit_bits", ("uint16",), ("K", "N"), "dense", optional=True),
+    ArraySpec("logprobs", ("float32",), ("K", "N"), "dense", optional=True),
     ArraySpec("codes", ("uint16", "uint32"), ("K", "N"), "dense", optional=True),
     ArraySpec("dictionary", ("int32",), ("D",), "trend", optional=True),
+    ArraySpec("dictionary_sizes", ("int32",), ("owner",), "small", optional=True),
     ArraySpec("counts", ("uint16", "uint32"), ("K", "N"), "dense", optional=True),
 )
 

@@ -5,14 +5,15 @@ Decoded once per block; `record(i)` copies nothing.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.cache import codec
+from common.cache.codec import IdCoding
+from common.cache.states import decode_factor, decode_hidden
+from common.cache.tables import Rows, decode_rows
 from common.errors import PartCorrupt
 from common.record import Record, TopK, VisualRecord
 from schemas.arrays import IMAGE_COLUMNS, KEY_BYTES, SAMPLE_COLUMNS, SHA_BYTES, SPAN_KINDS
@@ -22,40 +23,12 @@ from schemas.sample import Span, Tile
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """All rows of one table of a block, ranks first: [K, N]."""
-
-    positions: NDArray[np.int32]
-    """[N] position of each row in its sample's sequence."""
-    token_ids: NDArray[np.int32]
-    """[K, N] kept ids; 0 in unused slots."""
-    logprobs: NDArray[np.float32]
-    """[K, N] log-probs in nats; −inf in unused slots."""
-    log_tail: NDArray[np.float32]
-    """[H, N] log of the mass outside."""
-    logsumexp: NDArray[np.float32]
-    """[H, N] logsumexp at each temperature."""
-    counts: NDArray[np.int32] | None
-    """[K, N] draws, in the random sampling modes."""
-
-    def topk(self, start: int, stop: int) -> TopK:
-        """Rows `start:stop` as [N, K] views."""
-        return TopK(
-            positions=self.positions[start:stop],
-            token_ids=self.token_ids[:, start:stop].T,
-            logprobs=self.logprobs[:, start:stop].T,
-            log_tail=self.log_tail[:, start:stop].T,
-            logsumexp=self.logsumexp[:, start:stop].T,
-            counts=None if self.counts is None else self.counts[:, start:stop].T,
-        )
-
-
 class Block:
     """Whole samples, decoded together.
 
     Args:
         columns: Array name → its used values, rows last.
+        codings: How each table's ids are coded.
         manifest: Says how to decode and what to refuse.
         where: Name of the block for messages.
 
@@ -63,7 +36,10 @@ class Block:
         PartCorrupt: Lengths, offsets or ids contradict each other.
     """
 
-    def __init__(self, columns: Mapping[str, Array], manifest: Manifest, where: str) -> None:
+    def __init__(
+        self, columns: Mapping[str, Array], codings: Mapping[str, IdCoding], manifest: Manifest, where: str
+    ) -> None:
+        self._codings = codings
         self.where = where
         self._columns = columns
         self._manifest = manifest
@@ -73,8 +49,8 @@ class Block:
             columns.get("image_columns", np.zeros((len(IMAGE_COLUMNS), 0), np.int32)), IMAGE_COLUMNS, where
         )
         self._offsets = self._check()
-        self.response = self._rows("response")
-        self.visual = self._rows("visual")
+        self.response = self._rows("response", self.samples["num_rows"])
+        self.visual = self._rows("visual", self.images["num_rows"])
         self._visual: dict[int, VisualRecord] = {}
 
     def __len__(self) -> int:
@@ -86,10 +62,7 @@ class Block:
         samples, images, columns = self.samples, self.images, self._columns
         positive = np.maximum
         text = samples["id_bytes"].astype(np.int64) + positive(samples["kind_bytes"], 0)
-        rank, width = (
-            positive(images["rank"], 0).astype(np.int64),
-            positive(images["hidden_width"], 0).astype(np.int64),
-        )
+        rank = positive(images["rank"], 0).astype(np.int64)
         sizes = {
             "sample_text": text,
             "sample_tokens": samples["num_tokens"],
@@ -100,9 +73,9 @@ class Block:
             "image_tiles": images["num_tiles"],
             "image_keys": np.full(len(rank), KEY_BYTES + SHA_BYTES),
             "image_errors": np.ones(len(rank), np.int64),
-            "image_factor": rank * images["num_positions"],
+            "image_factor": np.where(images["rank"] >= 0, images["num_positions"], 0),
             "image_factor_scale": rank,
-            "image_hidden": width * images["num_positions"],
+            "image_hidden": np.where(images["hidden_width"] >= 0, images["num_positions"], 0),
         }
         if "image_hidden_scale" in columns:
             sizes["image_hidden_scale"] = np.where(images["hidden_width"] >= 0, images["num_positions"], 0)
@@ -122,14 +95,14 @@ class Block:
             )
         return offsets
 
-    def _rows(self, table: str) -> Rows | None:
+    def _rows(self, table: str, owners: NDArray[np.int32]) -> Rows | None:
         columns = {
             k.removeprefix(f"{table}_"): v for k, v in self._columns.items() if k.startswith(f"{table}_")
         }
-        if "codes" not in columns:
+        if not columns.get("codes", np.empty(0)).size:
             return None
         try:
-            return unpack_rows(columns, self._manifest)
+            return decode_rows(columns, self._codings[table], self._manifest, np.maximum(owners, 0).tolist())
         except (IndexError, ValueError, KeyError) as error:
             raise PartCorrupt(
                 f"{self.where}: {table} rows do not decode ({error}); dump the part again"
@@ -212,23 +185,21 @@ class Block:
             return None
         if rank == 0:
             return np.zeros((int(self.images["num_positions"][image]), 0), np.float32)
-        cells = self._columns["image_factor"][self._slice("image_factor", image)]
-        scale = self._columns["image_factor_scale"][self._slice("image_factor_scale", image)]
-        factor: NDArray[np.float32] = (cells.reshape(rank, -1) * scale[:, None]).T
-        return factor
+        cells = self._columns["image_factor"][:rank, self._slice("image_factor", image)]
+        return decode_factor(
+            cells, self._columns["image_factor_scale"][self._slice("image_factor_scale", image)]
+        ).T
 
     def hidden(self, image: int) -> NDArray[np.float32] | None:
         """[P, D] final hidden states of an image, or None."""
         width = int(self.images["hidden_width"][image])
         if width < 0:
             return None
-        cells = self._columns["image_hidden"][self._slice("image_hidden", image)].reshape(width, -1)
+        cells = self._columns["image_hidden"][:width, self._slice("image_hidden", image)]
+        scale = None
         if "image_hidden_scale" in self._columns:
-            scaled: NDArray[np.float32] = (
-                cells * self._columns["image_hidden_scale"][self._slice("image_hidden_scale", image)]
-            ).T
-            return scaled
-        return codec.from_bfloat16(cells).T if cells.dtype == np.uint16 else cells.T
+            scale = self._columns["image_hidden_scale"][self._slice("image_hidden_scale", image)]
+        return decode_hidden(cells, scale).T
 
     @cached_property
     def sample_ids(self) -> tuple[str, ...]:
@@ -242,43 +213,6 @@ def _named(table: Array, names: tuple[str, ...], where: str) -> dict[str, NDArra
             f"{where}: a column table has shape {table.shape}, wanted {len(names)} rows; dump the part again"
         )
     return dict(zip(names, table, strict=True))
-
-
-def unpack_rows(columns: Mapping[str, Array], manifest: Manifest) -> Rows:
-    """Decode one table's arrays (names without the table's prefix).
-
-    Raises:
-        IndexError: A code is outside the dictionary.
-        ValueError: Ids outside the vocabulary, or shapes that disagree.
-    """
-    codes, scalars, dictionary = columns["codes"], columns["scalars"], columns["dictionary"]
-    if len(dictionary) and not 0 <= dictionary.min() <= dictionary.max() < manifest.vocab_rows:
-        raise ValueError(f"ids outside the vocabulary of {manifest.vocab_rows}")
-    num_ranks, num_rows = codes.shape
-    num_temperatures = (len(scalars) - 1) // 2
-    if (
-        scalars.shape[1] != num_rows
-        or len(columns["positions"]) != num_rows
-        or len(scalars) != 1 + 2 * num_temperatures
-    ):
-        raise ValueError("shapes disagree")
-    top, log_tail, logsumexp = scalars[0], scalars[1 : 1 + num_temperatures], scalars[1 + num_temperatures :]
-    logits = columns.get("logits", np.empty((0, num_rows), np.uint16))
-    if manifest.encoding.logits == "steps":
-        logprobs = codec.decode_levels(logits, top, manifest.encoding.logit_step)
-    elif manifest.encoding.logits == "bfloat16":
-        logprobs = codec.from_bfloat16(logits) - logsumexp[0]
-    else:
-        logprobs = logits.copy()
-    token_ids = codec.decode_ids(dictionary, codes) if len(dictionary) else np.zeros(codes.shape, np.int32)
-    if logprobs.shape != token_ids.shape:
-        raise ValueError("shapes disagree")
-    if "kept" in columns:
-        unused = np.arange(num_ranks)[:, None] >= columns["kept"][None, :]
-        logprobs[unused] = -np.inf
-        token_ids[unused] = 0
-    counts = columns["counts"].astype(np.int32) if "counts" in columns else None
-    return Rows(columns["positions"], token_ids, logprobs, log_tail, logsumexp, counts)
 
 
 def empty_topk(manifest: Manifest) -> TopK:

@@ -1,76 +1,119 @@
-"""Narrow encodings of distributions, factors and states, each with its worst error.
+"""Narrow encodings of sparse distributions, each with its worst error.
 
-    ids        per-block dictionary, most frequent first; codes [K, N]              lossless
-    logits     steps      whole steps below the top log-prob, as row differences     step / 2 nats, + float32 rounding
-               bfloat16   bits of logit = logprob + logsumexp                        0 where the head emits bfloat16
-               float32    log-probs as they are                                      0
-    factor     int16 steps of one scale a column                                     scale / 2
-    hidden     float32 0 · bfloat16 rounding (0 if the engine computed in it) · int8 scale / 2 a position
+    ids        dictionary of a sample, image, block or part; codes [K, N]         lossless
+    logits     steps      whole steps below the top log-prob                      step / 2 nats
+               bfloat16   bits of logit = logprob + logsumexp                     0 if the head emits bfloat16
+               float32    log-probs as they are                                   0
+    scalars    steps: top log-prob, log-tails, logsumexps in step / 16           step / 32 nats
+               else float32                                                       0
 
-Rows lie last: the running sum over ranks and the scaling go over whole rows at vector speed. Ids whose
-logits fall on the same step are stored in code order, because which of them is larger is below the error;
-the first choice alone keeps its place, so the argmax is exact.
+Ids whose logits fall on one step are stored in code order and as differences, because which of them is
+larger is below the error anyway; the first choice alone keeps its place, so the argmax is exact. Two
+differences of neighbouring ranks share one 16-bit number: half the numbers to decode, the same bytes.
+
+Rows lie last, [K, N]: sums over ranks and scaling go over whole rows at vector speed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import DataError
+from schemas.arrays import NO_VALUE, SCALARS_PER_LOGIT_STEP, IdScope
 
 Array = NDArray[Any]
 
-_CODE_BITS = 32
+MAX_PAIRED: Final = 255
+"""Largest level that fits half of a pair."""
+
+_CODE_BITS: Final = 32
+_CLASS_RATIO: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class IdCoding:
+    """How a part codes the ids of one table."""
+
+    scope: IdScope
+    """Whose dictionary."""
+    ties: bool
+    """Whether ids on one step are stored as differences."""
 
 
 @dataclass(frozen=True, slots=True)
 class IdCode:
-    """Token ids as codes into a dictionary."""
+    """Token ids as codes into dictionaries."""
 
-    dictionary: NDArray[np.int32]
-    """[D] ids, most frequent first."""
     codes: NDArray[np.int64]
-    """[N, K] index into the dictionary; 0 in unused slots."""
+    """[N, K] index into the row's dictionary (or the id itself); 0 in unused slots."""
+    dictionary: NDArray[np.int32]
+    """[D] ids: most frequent class first, ascending inside a class; all dictionaries, one after the other."""
+    sizes: NDArray[np.int32]
+    """Entries of each owner's dictionary."""
 
 
-def encode_ids(token_ids: NDArray[np.int32], used: NDArray[np.bool_]) -> IdCode:
-    """Rank the ids of a block by frequency; the ranks are small numbers. Lossless.
+def build_dictionary(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The distinct ids, frequent ones first, so that the codes of most are small numbers.
+
+    Order inside a class of like frequency (a factor of three) costs bytes and gains nothing: there the
+    ids ascend.
+    """
+    values, counts = np.unique(token_ids, return_counts=True)
+    frequency = np.floor(np.log(counts) / np.log(_CLASS_RATIO))
+    order = np.lexsort((values, -frequency))
+    dictionary: NDArray[np.int32] = values[order].astype(np.int32)
+    return dictionary
+
+
+def encode_ids(token_ids: NDArray[np.int32], used: NDArray[np.bool_], dictionary: NDArray[np.int32]) -> Array:
+    """Codes [N, K] of ids that all stand in the dictionary. Lossless."""
+    order = np.argsort(dictionary, kind="stable")
+    found = np.searchsorted(dictionary[order], token_ids[used])
+    codes = np.zeros(token_ids.shape, np.int64)
+    codes[used] = order[found]
+    return codes
+
+
+def encode_ids_by_owner(
+    token_ids: NDArray[np.int32], used: NDArray[np.bool_], owners: Sequence[int]
+) -> IdCode:
+    """One dictionary for each run of rows.
 
     Args:
         token_ids: [N, K] ids.
         used: [N, K] which slots count.
+        owners: Rows of each owner, in order.
     """
-    values, inverse, counts = np.unique(token_ids[used], return_inverse=True, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    rank = np.empty(len(values), np.int64)
-    rank[order] = np.arange(len(values))
-    codes = np.zeros(token_ids.shape, np.int64)
-    codes[used] = rank[inverse]
-    return IdCode(values[order].astype(np.int32), codes)
+    codes, dictionaries, start = np.zeros(token_ids.shape, np.int64), [np.empty(0, np.int32)], 0
+    for count in owners:
+        rows = slice(start, start + count)
+        dictionaries.append(build_dictionary(token_ids[rows][used[rows]]))
+        codes[rows] = encode_ids(token_ids[rows], used[rows], dictionaries[-1])
+        start += count
+    sizes = np.array([len(d) for d in dictionaries[1:]], np.int32)
+    return IdCode(codes, np.concatenate(dictionaries), sizes)
 
 
-def decode_ids(dictionary: NDArray[np.int32], codes: Array) -> NDArray[np.int32]:
-    """Ids [K, N] of codes [K, N]; codes must be below `len(dictionary)`."""
-    return dictionary.take(codes)
+def decode_ids(codes: Array, dictionary: Array, sizes: Array, owners: Sequence[int]) -> NDArray[np.int32]:
+    """Ids [K, N] of codes [K, N], one dictionary for each run of rows.
 
-
-def quantise_logprobs(
-    logprobs: NDArray[np.float32], used: NDArray[np.bool_], step: float
-) -> NDArray[np.int64]:
-    """Whole steps [N, K] below each row's top log-prob; 0 in unused slots.
-
-    Worst error of a log-prob: step / 2, and float32 rounding of the product.
+    Raises:
+        IndexError: A code is outside its dictionary.
     """
-    finite = np.where(used, logprobs, 0.0).astype(np.float64)
-    return np.where(used, np.rint((finite[:, :1] - finite) / step), 0).astype(np.int64)
+    out = np.empty(codes.shape, np.int32)
+    row = entry = 0
+    for count, size in zip(owners, sizes.tolist(), strict=True):
+        if count:
+            out[:, row : row + count] = dictionary[entry : entry + size].take(codes[:, row : row + count])
+        row, entry = row + count, entry + size
+    return out
 
 
-def canonical_ties(
-    steps: NDArray[np.int64], codes: NDArray[np.int64], used: NDArray[np.bool_]
-) -> tuple[Array, Array]:
-    """Order slots of equal step by code, the first slot and unused slots staying where they are."""
+def order_ties(steps: NDArray[np.int64], codes: Array, used: NDArray[np.bool_]) -> tuple[Array, Array]:
+    """Order slots of equal step by code; the first slot and unused slots stay where they are."""
     keys = (steps << _CODE_BITS) | codes
     keys[~used] = np.iinfo(np.int64).max
     keys[:, 1:].sort(axis=1)
@@ -78,46 +121,118 @@ def canonical_ties(
     return keys >> _CODE_BITS, keys & ((1 << _CODE_BITS) - 1)
 
 
+def subtract_ties(codes: Array, levels: Array) -> Array:
+    """Codes [K, N] with each one less its predecessor's, wherever both lie on one step."""
+    out = codes.copy()
+    same = levels[2:] == 0
+    out[2:][same] -= codes[1:-1][same]
+    return np.maximum(out, 0)
+
+
+def add_ties(codes: Array, levels: Array) -> None:
+    """Undo `subtract_ties` in place: a running sum that starts anew at every step.
+
+    Arithmetic only, no masks: `min(level, 1) − 1` is all ones where the step is the same, else zero.
+    """
+    num_ranks, num_rows = codes.shape
+    scratch = np.empty(num_rows, codes.dtype)
+    for rank in range(2, num_ranks):
+        np.minimum(levels[rank], 1, out=scratch, casting="unsafe")
+        np.subtract(scratch, 1, out=scratch)
+        np.bitwise_and(scratch, codes[rank - 1], out=scratch)
+        np.add(codes[rank], scratch, out=codes[rank])
+
+
+def quantise_logprobs(logprobs: NDArray[np.float32], used: NDArray[np.bool_], step: float) -> NDArray[np.int64]:
+    """Whole steps [N, K] below each row's top log-prob *as it will be decoded*; 0 in unused slots.
+
+    Worst error of a log-prob: step / 2 nats.
+    """
+    top = decode_scalars(encode_scalars(logprobs[:, :1], step), step)
+    finite = np.where(used, logprobs, 0.0).astype(np.float64)
+    below = np.where(used, top, 0.0) - finite
+    below[:, 0] = 0
+    return np.where(used, np.rint(below / step), 0).astype(np.int64)
+
+
 def steps_to_levels(steps: NDArray[np.int64], used: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Differences [K − 1, N] from one rank to the next; 0 in unused slots."""
-    levels = np.diff(steps, axis=1)
-    levels[~used[:, 1:]] = 0
+    """Differences [K, N] from one rank to the next; 0 for the first rank and for unused slots."""
+    levels = np.diff(steps, axis=1, prepend=0)
+    levels[~used] = 0
     return np.ascontiguousarray(levels.T)
 
 
+def pair_levels(levels: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Two ranks in one number [⌈K / 2⌉, N], the even one below; no level may exceed `MAX_PAIRED`."""
+    even = levels[0::2].astype(np.uint16)
+    even[: len(levels) // 2] |= levels[1::2].astype(np.uint16) << 8
+    return even
+
+
+def unpair_levels(pairs: NDArray[np.uint16], num_ranks: int) -> NDArray[np.uint16]:
+    """Undo `pair_levels`: [K, N]."""
+    levels = np.empty((2 * len(pairs), pairs.shape[1]), np.uint16)
+    np.bitwise_and(pairs, 0xFF, out=levels[0::2])
+    np.right_shift(pairs, 8, out=levels[1::2])
+    return levels[:num_ranks]
+
+
 def decode_levels(levels: Array, top: NDArray[np.float32], step: float) -> NDArray[np.float32]:
-    """Log-probs [K, N] from differences [K − 1, N]: top − step · (running sum), in float32.
+    """Log-probs [K, N] from differences [K, N]: top − step · (running sum), in float32.
 
     The running sum stays in the stored type, which the encoder chose wide enough.
     """
-    num_ranks, num_rows = levels.shape
-    out = np.empty((num_ranks + 1, num_rows), np.float32)
-    out[0] = top
-    total = levels[0].copy() if num_ranks else np.empty(0, np.uint16)
-    scale = np.float32(step)
-    for rank in range(num_ranks):
-        if rank:
-            np.add(total, levels[rank], out=total)
-        row = out[rank + 1]
-        np.multiply(total, scale, out=row, dtype=np.float32, casting="unsafe")
+    out = np.empty(levels.shape, np.float32)
+    total, scale = np.zeros(levels.shape[1], levels.dtype), np.float32(step)
+    for level, row in zip(levels, out, strict=True):
+        np.add(total, level, out=total)
+        row[:] = total
+        np.multiply(row, scale, out=row)
         np.subtract(top, row, out=row)
     return out
 
 
-def decode_levels_slowly(levels: Array, top: NDArray[np.float32], step: float) -> NDArray[np.float32]:
-    """The definition of `decode_levels`: one number at a time."""
-    out = np.empty((len(levels) + 1, len(top)), np.float32)
-    for row in range(len(top)):
+def decode_rows_slowly(
+    codes: Array, levels: Array, top: Array, *, step: float, ties: bool
+) -> tuple[Array, Array]:
+    """The definition of `add_ties` and `decode_levels`: one number at a time.
+
+    Returns:
+        Codes [K, N] and log-probs [K, N].
+    """
+    plain, logprobs = codes.copy(), np.empty(levels.shape, np.float32)
+    for row in range(levels.shape[1]):
         total = 0
-        out[0, row] = top[row]
         for rank in range(len(levels)):
             total += int(levels[rank, row])
-            out[rank + 1, row] = np.float32(top[row]) - np.float32(np.float32(total) * np.float32(step))
-    return out
+            logprobs[rank, row] = np.float32(top[row]) - np.float32(np.float32(total) * np.float32(step))
+            if ties and rank >= 2 and levels[rank, row] == 0:
+                plain[rank, row] += plain[rank - 1, row]
+    return plain, logprobs
+
+
+def encode_scalars(values: NDArray[np.float32], step: float) -> NDArray[np.int32]:
+    """Whole numbers of step / 16; −inf has a number of its own. Worst error: step / 32.
+
+    Raises:
+        DataError: A value is too large for 32 bits.
+    """
+    finite = np.where(np.isneginf(values), 0.0, values).astype(np.float64)
+    steps = np.rint(finite * (SCALARS_PER_LOGIT_STEP / step))
+    if np.abs(steps).max(initial=0) >= -NO_VALUE:
+        raise DataError(f"a logsumexp of {finite.max()} is too large for steps of {step}", reason="range")
+    return np.where(np.isneginf(values), NO_VALUE, steps).astype(np.int32)
+
+
+def decode_scalars(steps: NDArray[np.int32], step: float) -> NDArray[np.float32]:
+    """Undo `encode_scalars`: product in float32."""
+    values = steps.astype(np.float32) * np.float32(step / SCALARS_PER_LOGIT_STEP)
+    values[steps == NO_VALUE] = -np.inf
+    return values
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Upper 16 bits, rounded to nearest even. Worst relative error 2⁻⁸; NaN is refused before."""
+    """Upper 16 bits, rounded to nearest even. Worst relative error 2⁻⁸."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
@@ -127,42 +242,16 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """Whole numbers and what one of them is worth."""
-
-    values: NDArray[np.int16]
-    """[P, R] or [P, D] whole steps."""
-    scale: NDArray[np.float32]
-    """One scale a column (factor) or a row (hidden)."""
-
-
-def encode_factor(factor: NDArray[np.float32], bits: int = 8) -> Scaled:
-    """Each column in steps of its largest value / (2^(bits − 1) − 1). Worst error: scale / 2."""
-    peak = np.abs(factor).max(axis=0, initial=0.0)
-    scale = (peak / (2 ** (bits - 1) - 1)).astype(np.float32)
-    safe = np.where(scale > 0, scale, 1).astype(np.float64)
-    return Scaled(np.rint(factor / safe).astype(np.int16), scale)
-
-
-def encode_int8(hidden: NDArray[np.float32]) -> Scaled:
-    """Each position in steps of its largest value / 127. Worst error: scale / 2."""
-    peak = np.abs(hidden).max(axis=1, initial=0.0)
-    scale = (peak / 127).astype(np.float32)
-    safe = np.where(scale > 0, scale, 1).astype(np.float64)[:, None]
-    return Scaled(np.rint(hidden / safe).astype(np.int16), scale)
-
-
-def smallest(values: Array, dtypes: tuple[str, ...], *, limit: int | None = None) -> Array:
-    """Cast to the first type that holds every value (and `limit`, when given).
+def smallest(values: Array, dtypes: tuple[str, ...], *, limit: int = 0) -> Array:
+    """Cast to the first type that holds every value, and `limit`.
 
     Raises:
         DataError: No type does.
     """
-    top = max(int(values.max(initial=0)), limit or 0)
+    top = max(int(values.max(initial=0)), limit)
     for name in dtypes:
         if top <= np.iinfo(name).max and int(values.min(initial=0)) >= np.iinfo(name).min:
             return values.astype(name)
     raise DataError(
-        f"values up to {top} do not fit {dtypes[-1]}; logits this far apart cannot be stored as steps"
+        f"values up to {top} do not fit {dtypes[-1]}: logits too far apart for this step", reason="range"
     )

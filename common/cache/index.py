@@ -102,7 +102,11 @@ def write_index(root: Path, manifest: Manifest) -> None:
     from common.cache.reader import scan_parts
 
     index = scan_parts(root, manifest)
-    arrays: dict[str, Array] = {"blocks": index.blocks, "text": index.names.text, "text_lengths": index.names.lengths}
+    arrays: dict[str, Array] = {
+        "blocks": index.blocks,
+        "text": index.names.text,
+        "text_lengths": index.names.lengths,
+    }
     working = root / layout.WRITING / f"index-{layout.new_directory(0)}"
     working.mkdir(parents=True)
     for spec in INDEX_ARRAYS:

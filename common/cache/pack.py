@@ -1,17 +1,20 @@
-"""Records to the flat arrays of a block, and the checks a record must pass first.
+"""A part's records to the columns of its blocks, and the checks a record must pass first.
 
 records of a block ── unique images ──> sample_*, image_* columns
-       response rows ──┐
-       visual rows   ──┴─ codec ──> codes, dictionary, logits, scalars [.., N]
+       response rows ──┐  merged, widened
+       visual rows   ──┴───────────────> response_*, visual_* columns (tables.py)
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.cache import codec
+from common.cache import states
+from common.cache.codec import IdCoding
+from common.cache.tables import TableRows, choose_ids, encode_table
 from common.errors import DataError
 from common.record import Record, TopK, VisualRecord
 from schemas.arrays import SPAN_KINDS
@@ -23,6 +26,63 @@ Columns = dict[str, Array]
 _KIND_CODE = {kind: code for code, kind in enumerate(SPAN_KINDS)}
 
 
+@dataclass(frozen=True, slots=True)
+class PackedPart:
+    """Everything about a part that goes to disk."""
+
+    blocks: list[Columns]
+    """Array name → used values with rows last, for every block."""
+    codings: dict[str, IdCoding]
+    """How each table's ids are coded."""
+    errors: dict[str, float]
+    """Worst error of each encoding, measured."""
+
+
+def pack_part(groups: Sequence[Sequence[Record]], manifest: Manifest) -> PackedPart:
+    """Encode the samples of a part.
+
+    Args:
+        groups: Samples of each block.
+        manifest: Says which encodings.
+
+    Raises:
+        DataError: A record breaks the promises of `common.record`.
+    """
+    errors: dict[str, float] = {}
+    images = [unique_images(group) for group in groups]
+    blocks = [
+        _pack_samples(g, list(v)) | _pack_images(list(v.values()), manifest, errors)
+        for g, v in zip(groups, images, strict=True)
+    ]
+    pieces: dict[str, list[list[TopK | None]]] = {
+        "response": [[r.response for r in group] for group in groups],
+        "visual": [[v.topk for v in unique.values()] for unique in images],
+    }
+    codings = {}
+    for table, rows in pieces.items():
+        merged = [
+            merge_rows(block, f"{table} rows of {g[0].sample_id!r} or after")
+            for block, g in zip(rows, groups, strict=True)
+        ]
+        held = [block for block in merged if block is not None]
+        if held:
+            codings[table] = choose_ids(held, manifest.encoding)
+            for block, columns in zip(
+                blocks, encode_table(merged, codings[table], manifest, errors), strict=True
+            ):
+                block |= {f"{table}_{name}": values for name, values in columns.items()}
+    return PackedPart(blocks, codings, errors)
+
+
+def unique_images(records: Sequence[Record]) -> dict[str, VisualRecord]:
+    """Images of a block by key, in order of first use."""
+    images: dict[str, VisualRecord] = {}
+    for record in records:
+        for visual in record.visual:
+            images.setdefault(visual.key, visual)
+    return images
+
+
 def check_topk(rows: TopK, where: str) -> None:
     """Refuse rows that are not what `common.record.TopK` promises.
 
@@ -30,8 +90,8 @@ def check_topk(rows: TopK, where: str) -> None:
         DataError: NaN, rising log-probs, ids below 0, shapes that disagree.
     """
     num_rows, _ = rows.token_ids.shape
-    shapes = (rows.logprobs.shape, len(rows.positions), len(rows.log_tail), len(rows.logsumexp))
-    if shapes != (rows.token_ids.shape, num_rows, num_rows, num_rows):
+    shapes = (rows.logprobs.shape, len(rows.positions), len(rows.log_tail), rows.logsumexp.shape)
+    if shapes != (rows.token_ids.shape, num_rows, num_rows, rows.log_tail.shape):
         raise DataError(f"{where}: arrays of different lengths {shapes}", reason="shape")
     for values in (rows.logprobs, rows.log_tail, rows.logsumexp):
         if np.isnan(values).any() or np.isposinf(values).any():
@@ -44,35 +104,18 @@ def check_topk(rows: TopK, where: str) -> None:
         raise DataError(f"{where}: a token id is below 0", reason="ids")
 
 
-def pack_block(records: Sequence[Record], manifest: Manifest, errors: dict[str, float]) -> Columns:
-    """Encode the samples of one block.
+def check_finite(values: Array, where: str) -> None:
+    """Refuse NaN and infinities.
 
-    Args:
-        records: Samples of the block, in order.
-        manifest: Says which encodings.
-        errors: Worst errors so far, raised in place.
-
-    Returns:
-        Array name → values, rows last, not yet padded.
+    Raises:
+        DataError: There is one.
     """
-    images: dict[str, VisualRecord] = {}
-    for record in records:
-        for visual in record.visual:
-            images.setdefault(visual.key, visual)
-    columns = _pack_samples(records, {key: i for i, key in enumerate(images)})
-    columns |= _pack_images(list(images.values()), manifest, errors)
-    pieces = {
-        "response": [r.response for r in records],
-        "visual": [v.topk for v in images.values() if v.topk is not None],
-    }
-    for table, rows in pieces.items():
-        merged = merge_rows(rows, f"{table} rows of {records[0].sample_id!r} and those after it")
-        if merged is not None:
-            columns |= {f"{table}_{k}": v for k, v in pack_rows(merged, manifest, errors).items()}
-    return columns
+    if not np.isfinite(values).all():
+        raise DataError(f"{where}: holds NaN or infinity; the teacher overflowed", reason="nan")
 
 
-def _pack_samples(records: Sequence[Record], image_index: dict[str, int]) -> Columns:
+def _pack_samples(records: Sequence[Record], keys: Sequence[str]) -> Columns:
+    index = {key: i for i, key in enumerate(keys)}
     ids = [r.sample_id.encode() for r in records]
     kinds = [None if r.kind is None else r.kind.encode() for r in records]
     text = b"".join(a + (b or b"") for a, b in zip(ids, kinds, strict=True))
@@ -93,7 +136,7 @@ def _pack_samples(records: Sequence[Record], image_index: dict[str, int]) -> Col
         "sample_text": np.frombuffer(text, np.uint8),
         "sample_tokens": np.concatenate([r.token_ids for r in records]).astype(np.int32),
         "sample_spans": np.array(spans, np.int32).reshape(-1, 3).T,
-        "sample_images": np.array([image_index[v.key] for r in records for v in r.visual], np.int32),
+        "sample_images": np.array([index[v.key] for r in records for v in r.visual], np.int32),
     }
 
 
@@ -119,75 +162,66 @@ def _pack_images(images: Sequence[VisualRecord], manifest: Manifest, errors: dic
         "image_errors": np.array([v.factor_error for v in images], np.float64),
         "image_tiles": np.array(tiles, np.int32).reshape(-1, 4).T,
     }
-    columns |= _pack_factors([v for v in images if v.factor is not None], errors)
-    columns |= _pack_hidden(
-        [v for v in images if v.hidden is not None], manifest.relation.hidden_encoding, errors
-    )
+    columns |= _pack_factors(images, manifest.relation.tolerance * states.TOLERANCE_SHARE, errors)
+    columns |= _pack_hidden(images, manifest.relation.hidden_encoding, errors)
     return columns
 
 
-def _pack_factors(images: Sequence[VisualRecord], errors: dict[str, float]) -> Columns:
+def _pack_factors(images: Sequence[VisualRecord], tolerance: float, errors: dict[str, float]) -> Columns:
+    """Columns of all images side by side: [R, P of all images], narrower factors filled with zeros."""
+    held = [v for v in images if v.factor is not None]
+    if not held:
+        return {}
     cells, scales = [], []
-    for visual in images:
+    width = max(v.factor.shape[1] for v in held if v.factor is not None)
+    for visual in held:
         assert visual.factor is not None
         check_finite(visual.factor, f"factor of image {visual.key}")
-        scaled = codec.encode_factor(visual.factor)
-        error = np.abs(scaled.values * scaled.scale - visual.factor).max(initial=0.0)
-        errors["factor"] = max(errors.get("factor", 0.0), float(error))
-        cells.append(scaled.values.T.reshape(-1))
+        scaled = states.encode_factor(visual.factor, tolerance)
+        back = states.decode_factor(scaled.values.T, scaled.scale).T
+        error = states.relation_error(visual.factor, back)
+        errors["factor_relation"] = max(errors.get("factor_relation", 0.0), error)
+        cells.append(np.pad(scaled.values.T, ((0, width - len(scaled.scale)), (0, 0))))
         scales.append(scaled.scale)
-    if not cells:
-        return {}
-    return {"image_factor": np.concatenate(cells), "image_factor_scale": np.concatenate(scales)}
+    return {"image_factor": np.concatenate(cells, axis=1), "image_factor_scale": np.concatenate(scales)}
 
 
 def _pack_hidden(images: Sequence[VisualRecord], encoding: str, errors: dict[str, float]) -> Columns:
+    """Channels of all images side by side: [D, P of all images]."""
+    held = [v for v in images if v.hidden is not None]
+    if not held:
+        return {}
     cells, scales = [], []
-    for visual in images:
-        hidden = visual.hidden
-        assert hidden is not None
-        check_finite(hidden, f"hidden states of image {visual.key}")
-        stored: Array = hidden.astype(np.float32)
-        back: Array = stored
-        if encoding == "bfloat16":
-            stored = codec.to_bfloat16(hidden)
-            back = codec.from_bfloat16(stored)
-        elif encoding == "int8":
-            scaled = codec.encode_int8(hidden)
-            stored, back = scaled.values, scaled.values * scaled.scale[:, None]
-            scales.append(scaled.scale)
-        errors["hidden"] = max(errors.get("hidden", 0.0), float(np.abs(back - hidden).max(initial=0.0)))
-        cells.append(stored.T.reshape(-1))
-    columns = {"image_hidden": np.concatenate(cells)} if cells else {}
+    for visual in held:
+        assert visual.hidden is not None
+        check_finite(visual.hidden, f"hidden states of image {visual.key}")
+        stored, scale = states.encode_hidden(visual.hidden, encoding)
+        error = np.abs(states.decode_hidden(stored.T, scale).T - visual.hidden).max(initial=0.0)
+        errors["hidden"] = max(errors.get("hidden", 0.0), float(error))
+        cells.append(stored.T)
+        scales += [] if scale is None else [scale]
+    columns = {"image_hidden": np.concatenate(cells, axis=1)}
     return columns | ({"image_hidden_scale": np.concatenate(scales)} if scales else {})
 
 
-def check_finite(values: Array, where: str) -> None:
-    """Refuse NaN and infinities.
-
-    Raises:
-        DataError: There is one.
-    """
-    if not np.isfinite(values).all():
-        raise DataError(f"{where}: holds NaN or infinity; the teacher overflowed", reason="nan")
-
-
-def merge_rows(rows: Sequence[TopK], where: str) -> TopK | None:
-    """All rows of a table in one, padded to the widest K; None when there are none.
+def merge_rows(pieces: Sequence[TopK | None], where: str) -> TableRows | None:
+    """All rows of a table of a block, widened to the widest K; None when there are none.
 
     Raises:
         DataError: A piece breaks the promises of `TopK`.
     """
-    for piece in rows:
-        check_topk(piece, where)
-    rows = [piece for piece in rows if len(piece.positions)]
+    for piece in pieces:
+        if piece is not None:
+            check_topk(piece, where)
+    owners = tuple(0 if piece is None else len(piece.positions) for piece in pieces)
+    rows = [piece for piece in pieces if piece is not None and len(piece.positions)]
     if not rows:
         return None
     width = max(piece.token_ids.shape[1] for piece in rows)
     counts = None
     if any(piece.counts is not None for piece in rows):
         counts = np.concatenate([_widen(_counts(p), width, 0) for p in rows])
-    return TopK(
+    merged = TopK(
         positions=np.concatenate([p.positions for p in rows]).astype(np.int32),
         token_ids=np.concatenate([_widen(p.token_ids, width, 0) for p in rows]).astype(np.int32),
         logprobs=np.concatenate([_widen(p.logprobs, width, -np.inf) for p in rows]).astype(np.float32),
@@ -195,6 +229,7 @@ def merge_rows(rows: Sequence[TopK], where: str) -> TopK | None:
         logsumexp=np.concatenate([p.logsumexp for p in rows]).astype(np.float32),
         counts=counts,
     )
+    return TableRows(merged, owners)
 
 
 def _counts(rows: TopK) -> Array:
@@ -204,44 +239,3 @@ def _counts(rows: TopK) -> Array:
 def _widen(values: Array, width: int, fill: float) -> Array:
     missing = width - values.shape[1]
     return values if missing == 0 else np.pad(values, ((0, 0), (0, missing)), constant_values=fill)
-
-
-def pack_rows(rows: TopK, manifest: Manifest, errors: dict[str, float]) -> Columns:
-    """Encode one table's rows.
-
-    Args:
-        rows: Checked rows of one width.
-        manifest: Says which encoding of logits.
-        errors: Worst errors so far, raised in place.
-    """
-    used = rows.logprobs > -np.inf
-    code = codec.encode_ids(rows.token_ids, used)
-    codes, order_free = code.codes, rows.counts is None
-    columns: Columns = {
-        "positions": rows.positions,
-        "scalars": np.concatenate([rows.logprobs[:, :1], rows.log_tail, rows.logsumexp], axis=1).T,
-        "kept": used.sum(axis=1).astype(np.int64),
-        "dictionary": code.dictionary,
-    }
-    encoding, step = manifest.encoding.logits, manifest.encoding.logit_step
-    if encoding == "steps":
-        steps = codec.quantise_logprobs(rows.logprobs, used, step)
-        finite = np.where(used, rows.logprobs, 0.0).astype(np.float64)
-        error = np.abs(np.where(used, finite[:, :1] - steps * step - finite, 0.0))
-        if order_free:
-            steps, codes = codec.canonical_ties(steps, codes, used)
-        levels = codec.steps_to_levels(steps, used)
-        columns["logits"] = codec.smallest(levels, ("uint16", "uint32"), limit=int(steps.max(initial=0)))
-    elif encoding == "bfloat16":
-        logits = np.where(used, rows.logprobs, 0.0) + np.where(used, rows.logsumexp[:, :1], 0.0)
-        bits = codec.to_bfloat16(logits.astype(np.float32))
-        error = np.abs(codec.from_bfloat16(bits) - logits)
-        columns["logits"] = np.ascontiguousarray(bits.T)
-    else:
-        error = np.zeros(1)
-        columns["logits"] = np.ascontiguousarray(np.where(used, rows.logprobs, 0.0).astype(np.float32).T)
-    errors["logprob_nats"] = max(errors.get("logprob_nats", 0.0), float(error.max(initial=0.0)))
-    columns["codes"] = np.ascontiguousarray(codes.T)
-    if rows.counts is not None:
-        columns["counts"] = np.ascontiguousarray(rows.counts.T)
-    return columns

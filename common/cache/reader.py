@@ -152,7 +152,7 @@ class CacheReader:
         where = f"block {local} of part {part} of {self.root}"
         if local >= reader.num_blocks:
             raise PartCorrupt(f"{where} does not exist; run `cascache finalize` to write the index again")
-        result = Block(reader.read_columns(local), self.manifest, where)
+        result = Block(reader.read_columns(local), reader.info.codings, self.manifest, where)
         if len(result) != count:
             raise PartCorrupt(
                 f"{where} holds {len(result)} samples, the index says {count}; run `cascache finalize` again"

@@ -165,7 +165,9 @@ def _check_content(
         reader = PartReader(directory)
         try:
             for number in range(reader.num_blocks):
-                block = Block(reader.read_columns(number), manifest, f"block {number} of {where}")
+                block = Block(
+                    reader.read_columns(number), reader.info.codings, manifest, f"block {number} of {where}"
+                )
                 num_records += len(block)
                 for sample_id in block.sample_ids:
                     first = owners.setdefault(sample_id, seal.part)

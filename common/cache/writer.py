@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from common.cache import layout
-from common.cache.pack import pack_block
+from common.cache.pack import pack_part, unique_images
 from common.cache.part import sync_directory, write_part_files, write_synced
 from common.errors import CacheError, DataError, MismatchError, PartMissing
 from common.record import Record
@@ -170,16 +170,14 @@ class CacheWriter:
             CacheError: The disk refuses.
         """
         self._check(part, records, num_samples=num_samples, num_missing=len(quarantined))
-        errors: dict[str, float] = {}
         groups = list(group_blocks(records, self._block_rows))
-        blocks = [pack_block(group, self.manifest, errors) for group in groups]
+        packed = pack_part(groups, self.manifest)
         name = layout.new_directory(part)
         working = self.root / layout.WRITING / name
         try:
             working.mkdir(parents=True)
-            write_part_files(working, blocks, profile=self.manifest.encoding.profile)
-            images = {id(g): {v.key: v for r in g for v in r.visual} for g in groups}
-            visual = [v for unique in images.values() for v in unique.values()]
+            write_part_files(working, packed, profile=self.manifest.encoding.profile)
+            visual = [v for group in groups for v in unique_images(group).values()]
             seal = PartSeal(
                 part=part,
                 directory=name,
@@ -190,7 +188,7 @@ class CacheWriter:
                 num_images=len(visual),
                 num_response_rows=sum(len(r.response.positions) for r in records),
                 num_visual_rows=sum(len(v.topk.positions) for v in visual if v.topk is not None),
-                errors=errors,
+                errors=packed.errors,
                 fidelity=_fidelity(records),
                 quarantined=tuple(quarantined),
                 files=hash_files(working),
