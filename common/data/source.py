@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from common.data.index import Duplicates
 from common.errors import ConfigError, DataError
 from schemas.sample import ImageRef, Sample
 
 NUMBER_SUFFIX = "#number"
+SHOW_PROGRESS_SAMPLES = 20_000
 
 
 class SampleSource(ABC):
@@ -56,10 +58,11 @@ class SampleSource(ABC):
     def fingerprint(self) -> str:
         """Hex digest over ids, turns and image references of all samples in order.
 
-        Streams over the data once. Unusable samples count by id and reason, so mending one changes it.
+        Streams over the data once, about 0.1 ms a sample. Unusable samples count by id and reason, so mending one changes it.
         """
         digest = hashlib.sha256()
-        for index, sample_id in enumerate(self.sample_ids()):
+        quiet = len(self) < SHOW_PROGRESS_SAMPLES
+        for index, sample_id in enumerate(tqdm(self.sample_ids(), desc="fingerprint", disable=quiet)):
             try:
                 _absorb(digest, _identity(self[index]))
             except DataError as error:
