@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from common.errors import ConfigError, MismatchError
+from common.vocab import check_ids
 from student_train.batch import Batch, SparseTargets
 from student_train.losses import eager, fused
 from student_train.losses.relation import head_gram, relation_distances
@@ -125,7 +126,7 @@ class Objective:
         images = self._images(batch, head, counts)
         parts = [part for part in (responses, images) if part is not None]
         if not parts:
-            return flat.sum() * 0.0, {}
+            return _nothing(flat, head), {}
         rows = torch.cat([rows for rows, _ in parts])
         losses = self._head_losses(flat[rows], head, concat_targets([targets for _, targets in parts]))
         num = 0 if responses is None else responses[0].shape[0]
@@ -150,7 +151,7 @@ class Objective:
             labels = torch.full_like(labels, IGNORE_LABEL)
         ones = torch.ones(rows.numel(), device=device) / counts.response_rows
         targets = RowTargets(labels, sparse, self.weights["ce"] * ones, self.weights["response_kl"] * ones)
-        check_ids(targets, head.vocab_size, batch)
+        _check_real(targets, head.vocab_size, batch)
         return rows, targets
 
     def _images(self, batch: Batch, head: Head, counts: Counts) -> tuple[Tensor, RowTargets] | None:
@@ -161,7 +162,7 @@ class Objective:
         ones = torch.ones(rows.numel(), device=rows.device) / counts.visual_rows
         labels = torch.full_like(rows, IGNORE_LABEL)
         targets = RowTargets(labels, sparse, 0.0 * ones, self.weights["visual_kl"] * ones)
-        check_ids(targets, head.vocab_size, batch)
+        _check_real(targets, head.vocab_size, batch)
         return rows, targets
 
     def _head_losses(self, hidden: Tensor, head: Head, targets: RowTargets) -> RowLosses:
@@ -206,20 +207,19 @@ def _widen(sparse: SparseTargets, width: int) -> SparseTargets:
     )
 
 
-def check_ids(targets: RowTargets, vocab_size: int, batch: Batch) -> None:
-    """Refuse ids outside the vocabulary, where looking does not stall a device.
+def _check_real(targets: RowTargets, vocab_size: int, batch: Batch) -> None:
+    """Refuse ids outside the student's vocabulary, where looking does not stall a device."""
+    if targets.labels.device.type == "cpu":
+        where = f"one of the samples {', '.join(batch.sample_ids[:8])}"
+        labels = targets.labels[targets.labels != IGNORE_LABEL]
+        for ids in (labels, targets.sparse.token_ids):
+            check_ids(ids.numpy(), vocab_size, where=where)
 
-    Raises:
-        MismatchError: A label or kept id is not a real token of the student.
-    """
-    if targets.labels.device.type != "cpu":
-        return
-    for ids in (targets.labels, targets.sparse.token_ids):
-        if ids.numel() and int(ids.max()) >= vocab_size:
-            raise MismatchError(
-                f"token id {int(ids.max())} in one of the samples {', '.join(batch.sample_ids[:8])} is not "
-                f"among the student's {vocab_size} real tokens; use a student of the cache's tokenizer"
-            )
+
+def _nothing(flat: Tensor, head: Head) -> Tensor:
+    """Return a 0 that reaches hidden states and head: under data parallel every rank runs backward."""
+    parts = [flat, head.weight] + ([] if head.bias is None else [head.bias])
+    return torch.stack([part[:1].sum() for part in parts]).sum() * 0.0
 
 
 def _require(sparse: SparseTargets | None, term: str, batch: Batch) -> SparseTargets:

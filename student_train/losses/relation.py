@@ -69,12 +69,12 @@ def head_gram(head: Head) -> Float[Tensor, "E E"]:
     The gradient of a trained head flows through it (D²V multiply-adds each way).
     """
     weight, bias = head.real()
-    gram: Tensor = _Gram.apply(weight)  # type: ignore[no-untyped-call]
-    if bias is None:
-        return gram
-    bias = bias.to(gram.dtype)
-    cross = (bias.to(weight.dtype) @ weight).to(gram.dtype)
-    corner = (bias @ bias)[None]
+    with torch.autocast(weight.device.type, enabled=False):
+        gram: Tensor = _Gram.apply(weight)  # type: ignore[no-untyped-call]
+        if bias is None:
+            return gram
+        cross = (bias @ weight).to(gram.dtype)
+        corner = bias.to(gram.dtype).square().sum()[None]
     return torch.cat([torch.cat([gram, cross[:, None]], 1), torch.cat([cross, corner])[None]], 0)
 
 

@@ -194,10 +194,11 @@ def test_an_empty_batch_still_reaches_the_parameters() -> None:
         visual_rows=data.visual_rows[:0],
         relations=(),
     )
-    outcome = Objective(WEIGHTS)(hidden, head(), nothing, Counts(4, 4, 4))
+    lm_head = head(bias=True)
+    outcome = Objective(WEIGHTS)(hidden, lm_head, nothing, Counts(4, 4, 4))
     outcome.loss.backward()
     assert float(outcome.loss.detach()) == 0
-    assert hidden.grad.eq(0).all()
+    assert all(leaf.grad.eq(0).all() for leaf in (hidden, lm_head.weight, lm_head.bias))
 
 
 def test_gram_of_a_frozen_head_is_kept_until_the_head_changes(monkeypatch) -> None:
@@ -235,5 +236,5 @@ def test_missing_targets_and_foreign_ids_are_refused() -> None:
     with pytest.raises(MismatchError, match="visual_kl has a weight, but the cache holds no"):
         Objective(WEIGHTS)(hidden, head(), dataclasses.replace(data, visual_targets=None))
     data.response_targets.token_ids[0, 0] = V
-    with pytest.raises(MismatchError, match="token id 40 in one of the samples s0, s1"):
+    with pytest.raises(MismatchError, match="one of the samples s0, s1 holds token id 40"):
         Objective(WEIGHTS)(hidden, head(), data)
