@@ -20,6 +20,7 @@ from common.errors import ConfigError, MismatchError
 from common.vocab import check_ids
 from student_train.batch import Batch, SparseTargets
 from student_train.losses import eager, fused
+from student_train.losses.passes import Walk
 from student_train.losses.relation import head_gram, relation_distances
 from student_train.losses.rows import Head, RowLosses, RowTargets, no_targets
 from student_train.losses.terms import IGNORE_LABEL, TERMS, Divergence, RelationTerm, Term
@@ -66,7 +67,7 @@ class Objective:
         divergence: Divergence | None = None,
         relation: RelationTerm | None = None,
         implementation: Literal["fused", "eager"] = "fused",
-        walk: fused.Walk | None = None,
+        walk: Walk | None = None,
     ) -> None:
         """Choose terms.
 
