@@ -58,7 +58,8 @@ class SampleSource(ABC):
     def fingerprint(self) -> str:
         """Hex digest over ids, turns and image references of all samples in order.
 
-        Streams over the data once, about 0.1 ms a sample. Unusable samples count by id and reason, so mending one changes it.
+        Streams over the data once, about 0.1 ms a sample. Unusable samples count by id and reason, so
+        mending one changes it.
         """
         digest = hashlib.sha256()
         quiet = len(self) < SHOW_PROGRESS_SAMPLES
