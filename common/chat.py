@@ -251,7 +251,7 @@ def _assemble(
     ids, offsets = _tokenise(processor, rendered.text)
     marks = np.flatnonzero(ids == processor.tokenizer.convert_tokens_to_ids(processor.image_token))
     _check_marks(sample, len(images), len(marks), processor.image_token)
-    layouts = [image_layout(processor, each.height, each.width, num_images=len(images)) for each in images]
+    layouts = [image_layout(processor, each.height, each.width) for each in images]
     token_ids, starts = expand(ids, marks, [layout.num_positions for layout in layouts])
     if max_len is not None and len(token_ids) > max_len:
         raise DataError(

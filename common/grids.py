@@ -6,6 +6,9 @@
                    ■■   ■■■■↵  newline token: stride = columns + 1
     Qwen-VL        ■■■■■       merged grid, (height / 2) × (width / 2) patches of the resized image
 
+OneVision's images are all cut up, several in a sample too: that is what vLLM does, and what the
+processor does with a flat list of images (a nested list gets one crop each).
+
 A processor of another family is asked for its number of positions and gets no tiles. Whatever is
 computed here is a prediction: the dump compares it with what the teacher saw, sample by sample.
 """
@@ -29,21 +32,20 @@ class ImageLayout:
     """Patch grids inside the span; empty where the family's layout is unknown."""
 
 
-def image_layout(processor: Any, height: int, width: int, *, num_images: int = 1) -> ImageLayout:
+def image_layout(processor: Any, height: int, width: int) -> ImageLayout:
     """Layout of a `height` × `width` pixel image under a transformers processor.
 
     Args:
         processor: A transformers processor with an image processor.
         height: Pixels.
         width: Pixels.
-        num_images: Images in the sample; OneVision gives each of several images one crop only.
 
     Raises:
         DataError: The processor refuses the size (`reason="image-size"`).
     """
     family = _FAMILIES.get(type(processor).__name__, _unknown)
     try:
-        return family(processor, height, width, num_images)
+        return family(processor, height, width)
     except ValueError as error:
         raise DataError(
             f"image of {width} × {height} pixels is refused by {type(processor).__name__}: {error}; "
@@ -52,7 +54,7 @@ def image_layout(processor: Any, height: int, width: int, *, num_images: int = 1
         ) from error
 
 
-def _llava(processor: Any, height: int, width: int, num_images: int) -> ImageLayout:
+def _llava(processor: Any, height: int, width: int) -> ImageLayout:
     images = processor.image_processor
     size = images.crop_size if getattr(images, "do_center_crop", None) else images.size
     rows, columns = size["height"] // processor.patch_size, size["width"] // processor.patch_size
@@ -64,11 +66,9 @@ def _llava(processor: Any, height: int, width: int, num_images: int) -> ImageLay
     return ImageLayout(positions, (Tile(offset=extra - dropped, rows=rows, columns=columns, stride=columns),))
 
 
-def _onevision(processor: Any, height: int, width: int, num_images: int) -> ImageLayout:
+def _onevision(processor: Any, height: int, width: int) -> ImageLayout:
     side = math.isqrt(processor.num_image_tokens)
     base = Tile(offset=0, rows=side, columns=side, stride=side)
-    if num_images > 1:
-        return ImageLayout(side * side + 1, (base,))
     edge = processor.image_processor.size
     edge = edge.get("shortest_edge") or min(edge["height"], edge["width"])
     total = processor._get_number_of_features(height, width, edge, edge)
@@ -93,7 +93,7 @@ def _unpadded(processor: Any, height: int, width: int, edge: int) -> tuple[int, 
     return newlines, patches // newlines
 
 
-def _qwen_vl(processor: Any, height: int, width: int, num_images: int) -> ImageLayout:
+def _qwen_vl(processor: Any, height: int, width: int) -> ImageLayout:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
     images = processor.image_processor
@@ -109,12 +109,12 @@ def _qwen_vl(processor: Any, height: int, width: int, num_images: int) -> ImageL
     return ImageLayout(rows * columns, (Tile(offset=0, rows=rows, columns=columns, stride=columns),))
 
 
-def _unknown(processor: Any, height: int, width: int, num_images: int) -> ImageLayout:
+def _unknown(processor: Any, height: int, width: int) -> ImageLayout:
     counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
     return ImageLayout(int(counted["num_image_tokens"][0]), ())
 
 
-_FAMILIES: dict[str, Callable[[Any, int, int, int], ImageLayout]] = {
+_FAMILIES: dict[str, Callable[[Any, int, int], ImageLayout]] = {
     "LlavaProcessor": _llava,
     "LlavaOnevisionProcessor": _onevision,
     "Qwen2VLProcessor": _qwen_vl,

@@ -1,7 +1,7 @@
 """Logits → kept ids, log-probabilities and an explicit tail; and back.
 
     lse_kept = logsumexp of the K largest logits
-    lse_tail = logsumexp of all the others, around the K-th: never 1 − Σ of the kept
+    lse_tail = logsumexp of all the others, around the (K+1)-th: never 1 − Σ of the kept
     logsumexp = logaddexp(lse_kept, lse_tail)      log_tail = lse_tail − logsumexp
 
 Costs one pass over the vocabulary for top-k and one exponential per entry and temperature, which a
@@ -48,20 +48,26 @@ def sparse_rows(logits: Tensor, topk: int, *, temperatures: Sequence[float] = (1
     if temperatures[0] != 1.0:
         raise ValueError(f"temperatures start with {temperatures[0]}, wanted 1.0")
     scratch = logits.float() if logits.dtype != torch.float32 else logits.clone()
-    kept, ids = scratch.topk(topk, dim=-1)
+    best, ids = scratch.topk(min(topk + 1, scratch.shape[-1]), dim=-1)
+    kept, ids, pivot = best[:, :topk], ids[:, :topk], best[:, -1:]
     scratch.scatter_(-1, ids, float("-inf"))
-    tails, sums = zip(*(_normalise(kept, scratch, each) for each in temperatures), strict=True)
+    tails, sums = zip(*(_normalise(kept, scratch, pivot, each) for each in temperatures), strict=True)
     logsumexp = torch.stack(sums, -1)
     logprobs = kept - logsumexp[:, :1]
-    token_ids = ids.masked_fill_(kept == float("-inf"), 0).to(torch.int32)
+    token_ids = ids.masked_fill(kept == float("-inf"), 0).to(torch.int32)
     return SparseRows(token_ids, logprobs, torch.stack(tails, -1), logsumexp)
 
 
-def _normalise(kept: Tensor, rest: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N] log tail and [N] logsumexp at one temperature; `rest` holds −inf at the kept ids."""
-    pivot = kept[:, -1:]
+def _normalise(kept: Tensor, rest: Tensor, pivot: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """[N] log tail and [N] logsumexp at one temperature; `rest` holds −inf at the kept ids.
+
+    The [N, 1] `pivot` is the largest of `rest`, so the tail neither overflows nor vanishes.
+    """
     pivot = torch.where(pivot.isfinite(), pivot, torch.zeros_like(pivot))
-    tail = ((rest - pivot) / temperature).exp_().sum(-1).log_() + pivot[:, 0] / temperature
+    shifted = rest - pivot
+    if temperature != 1.0:
+        shifted /= temperature
+    tail = shifted.exp_().sum(-1).log_() + pivot[:, 0] / temperature
     total = torch.logaddexp((kept / temperature).logsumexp(-1), tail)
     return tail - total, total
 

@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             DumpConfig, sys.argv[1:] if argv is None else argv, prog="teacher-dump", epilog=_EPILOG
         )
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from teacher_dump.dump import dump
 
         result = dump(config, _say)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _EXTENSION = "teacher_dump.capture.CaptureExtension"
-_OWNED_ARGUMENTS = frozenset({"model", "worker_extension_cls", "mm_processor_kwargs", "max_logprobs"})
+_OWNED_ARGUMENTS = frozenset({"model", "worker_extension_cls", "mm_processor_kwargs"})
 
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 _CPU_ENVIRONMENT = {
@@ -104,7 +104,9 @@ class Engine:
         vllm = _import_vllm(any_version=self.settings.any_version)
         arguments = self._arguments()
         try:
-            self._llm = vllm.LLM(**arguments)
+            with warnings.catch_warnings():  # vllm's own imports, on first touch of LLM
+                warnings.simplefilter("ignore", FutureWarning)
+                self._llm = vllm.LLM(**arguments)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"vLLM refuses {self.settings.model} with these settings: {error}") from error
         except (RuntimeError, OSError, MemoryError) as error:
@@ -222,11 +224,7 @@ def _import_vllm(*, any_version: bool) -> Any:
         os.environ.setdefault(name, value)
     logging.getLogger("torch").setLevel(logging.ERROR)  # says on every CPU that Triton is missing
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            import vllm
-
-            vllm.LLM  # noqa: B018  the first touch imports the engine
+        import vllm
     except ImportError as error:
         raise EngineError(
             f"the teacher needs vLLM, which does not import here ({error}); "

@@ -1,0 +1,119 @@
+"""Laws of kept rows: nothing is lost between the kept ids and the explicit tail."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.topk import dense_logprobs, join_rows, kept_mass, raw_logits, sparse_rows
+
+TEMPERATURES = (1.0, 2.0, 0.5)
+
+
+def logits_of(rows: int, vocab: int, *, scale: float = 3.0, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def oracle(logits: torch.Tensor, topk: int, temperature: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kept log-probs, log tail and logsumexp in float64, the tail as a sum over the others."""
+    exact = logits.double() / temperature
+    lse = exact.logsumexp(-1)
+    ids = logits.topk(topk, dim=-1).indices
+    rest = exact.scatter(-1, ids, float("-inf")).logsumexp(-1) - lse
+    return (exact.gather(-1, ids) - lse[:, None]).numpy(), rest.numpy(), lse.numpy()
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 300), st.floats(0.01, 30), st.integers(0, 2**31))
+def test_equals_the_float64_oracle(rows: int, vocab: int, scale: float, seed: int):
+    logits = logits_of(rows, vocab, scale=scale, seed=seed)
+    topk = max(1, vocab // 3)
+    found = sparse_rows(logits, topk, temperatures=TEMPERATURES)
+    for index, temperature in enumerate(TEMPERATURES):
+        logprobs, tail, lse = oracle(logits, topk, temperature)
+        np.testing.assert_allclose(found.logsumexp[:, index], lse, atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(found.log_tail[:, index], tail, atol=5e-5, rtol=1e-5)
+        if temperature == 1.0:
+            np.testing.assert_allclose(found.logprobs, logprobs, atol=2e-5, rtol=1e-5)
+
+
+def test_a_tail_far_below_the_kept_is_exact():
+    logits = torch.full((1, 1000), -200.0)
+    logits[0, :4] = 50.0
+    found = sparse_rows(logits, 4)
+    assert float(found.log_tail[0, 0]) == pytest.approx(-250.0 + np.log(996) - np.log(4), abs=1e-4)
+
+
+def test_no_tail_when_everything_is_kept():
+    found = sparse_rows(logits_of(5, 17), 17, temperatures=TEMPERATURES)
+    assert bool((found.log_tail == float("-inf")).all())
+
+
+@pytest.mark.parametrize("topk", [1, 3, 16])
+def test_tail_and_kept_make_one(topk: int):
+    found = sparse_rows(logits_of(64, 16), topk)
+    total = kept_mass(found.logprobs.numpy()) + np.exp(found.log_tail[:, 0].double().numpy())
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+
+
+def test_equal_logits_share_the_mass_evenly():
+    found = sparse_rows(torch.full((2, 1024), 7.0), 64)
+    np.testing.assert_allclose(found.logprobs, -np.log(1024), atol=1e-6)
+    np.testing.assert_allclose(found.log_tail[:, 0], np.log(960 / 1024), atol=1e-6)
+    assert all(len(set(row.tolist())) == 64 for row in found.token_ids)
+
+
+def test_impossible_tokens_are_unused_slots():
+    logits = torch.full((1, 8), float("-inf"))
+    logits[0, [2, 5]] = torch.tensor([1.0, 2.0])
+    found = sparse_rows(logits, 4)
+    assert found.token_ids[0].tolist() == [5, 2, 0, 0]
+    assert found.logprobs[0, 2:].tolist() == [float("-inf")] * 2
+    assert float(found.log_tail[0, 0]) == float("-inf")
+    np.testing.assert_allclose(kept_mass(found.logprobs.numpy()), 1, atol=1e-6)
+
+
+def test_ids_fall_by_logit_and_the_input_is_left_alone():
+    logits = logits_of(8, 100)
+    before = logits.clone()
+    found = sparse_rows(logits, 10)
+    assert torch.equal(logits, before)
+    assert bool((found.logprobs.diff(dim=-1) <= 0).all())
+    assert torch.equal(logits.gather(-1, found.token_ids.long()).argmax(-1), torch.zeros(8, dtype=torch.long))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_chunks_change_nothing(chunk: int):
+    logits = logits_of(64, 500)
+    whole = sparse_rows(logits, 16, temperatures=TEMPERATURES)
+    parts = join_rows(sparse_rows(each, 16, temperatures=TEMPERATURES) for each in logits.split(chunk))
+    for found, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_keeping_everything_can_be_undone():
+    logits = logits_of(6, 50)
+    found = sparse_rows(logits, 50)
+    dense = dense_logprobs(found.token_ids.numpy(), found.logprobs.numpy(), found.log_tail[:, 0].numpy(), 50)
+    np.testing.assert_allclose(dense, logits.double().log_softmax(-1), atol=1e-5)
+    restored = raw_logits(found.logprobs.numpy(), found.logsumexp.numpy())
+    np.testing.assert_allclose(restored, logits.sort(descending=True).values, atol=1e-5)
+
+
+def test_a_spread_tail_still_sums_to_one():
+    found = sparse_rows(logits_of(6, 50), 7)
+    dense = dense_logprobs(found.token_ids.numpy(), found.logprobs.numpy(), found.log_tail[:, 0].numpy(), 50)
+    np.testing.assert_allclose(np.exp(dense).sum(-1), 1, atol=1e-6)
+
+
+def test_low_precision_logits_are_widened_first():
+    logits = logits_of(4, 100).bfloat16()
+    for found, expected in zip(sparse_rows(logits, 8), sparse_rows(logits.float(), 8), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("topk", "temperatures"), [(0, (1.0,)), (101, (1.0,)), (5, (2.0, 1.0))])
+def test_refuses_what_cannot_be_kept(topk: int, temperatures: tuple[float, ...]):
+    with pytest.raises(ValueError, match=r"topk|temperatures"):
+        sparse_rows(logits_of(2, 100), topk, temperatures=temperatures)

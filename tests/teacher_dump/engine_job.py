@@ -1,0 +1,167 @@
+"""Runs engine cases in a process of its own: `python -m tests.teacher_dump.engine_job MODELS OUT CASE...`.
+
+vLLM changes its process (threads, environment, signal handlers), so tests never import it. Its
+modules are imported once here; each case runs in a fork and pickles what it returns to OUT/CASE.
+A case is a function of this module, its arguments joined by colons.
+"""
+
+import os
+import pickle
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.chat import load_processor
+from common.errors import CascacheError
+from teacher_dump.engine import Engine, EngineSettings
+from teacher_dump.request import Captured, CaptureSettings
+from tests.teacher_dump.examples import prepare, samples, submission
+
+TOPK = 64
+
+
+def settings(model: Path, **changes: Any) -> EngineSettings:
+    capture = CaptureSettings(
+        topk=TOPK, visual_topk=TOPK, temperatures=(1.0, 2.0), store="both", chunk_rows=19
+    )
+    return replace(
+        EngineSettings(str(model), None, "float32", 1024, capture, inside=True, max_num_seqs=16), **changes
+    )
+
+
+def capture(models: Path, family: str, batched: str) -> dict[str, Any]:
+    """Every sample captured, and vLLM's own prompt_logprobs of the same engine."""
+    processor = load_processor(str(models / family))
+    items = [prepare(processor, each) for each in samples()]
+    with Engine(
+        settings(models / family, max_num_batched_tokens=int(batched), arguments={"max_logprobs": 2048})
+    ) as engine:
+        found = engine.run([submission(each) for each in items])
+        return {"captured": found, "oracle": _prompt_logprobs(engine, items[0]), "runner": engine.runner}
+
+
+def _prompt_logprobs(engine: Engine, item: Any) -> list[dict[int, float]]:
+    from vllm import SamplingParams
+
+    prompt = {
+        "prompt_token_ids": item.prompt.prompt_ids.tolist(),
+        "multi_modal_data": {"image": list(item.pixels)},
+    }
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=TOPK)
+    output = engine._llm.generate([prompt], params, use_tqdm=False)[0]
+    return [{token: each.logprob for token, each in (row or {}).items()} for row in output.prompt_logprobs]
+
+
+def tampered(models: Path, family: str) -> dict[str, Captured]:
+    """What the engine says to samples whose images or positions were tampered with after preparation."""
+    processor = load_processor(str(models / family))
+    items = {each.sample_id: prepare(processor, each) for each in samples()}
+    one, two, other = (submission(items[name]) for name in ("one-0", "two", "one-1"))
+    with Engine(settings(models / family)) as engine:
+        cases = {
+            "untouched": two,
+            "swapped": replace(two, pixels=two.pixels[::-1]),
+            "dropped": replace(two, pixels=two.pixels[:1]),
+            "duplicated": replace(two, pixels=(two.pixels[0], two.pixels[0])),
+            "another": replace(one, pixels=other.pixels),
+            "none": replace(one, pixels=()),
+            "shifted-image": replace(one, request=_shift_images(one.request)),
+            "shifted-tokens": replace(
+                one, request=replace(one.request, token_sha256=other.request.token_sha256)
+            ),
+            "after": one,
+        }
+        return {name: engine.run([each])[0] for name, each in cases.items()}
+
+
+def _shift_images(request: Any) -> Any:
+    return replace(
+        request, images=tuple(replace(i, start=i.start + 1, stop=i.stop + 1) for i in request.images)
+    )
+
+
+def shifted_rows(models: Path, family: str) -> Captured:
+    """What the capture says when the runner's rows are off by one."""
+    from teacher_dump import seams
+
+    honest = seams.Slice
+    seams.Slice = lambda name, offset, start, rows: honest(name, offset, start + 1, rows - 1)  # type: ignore
+    processor = load_processor(str(models / family))
+    with Engine(settings(models / family)) as engine:
+        return engine.run([submission(prepare(processor, samples()[0]))])[0]
+
+
+def preempted(models: Path, family: str) -> dict[str, Any]:
+    """Every sample captured while the KV cache is far too small for all of them at a time."""
+    processor = load_processor(str(models / family))
+    small = {"num_gpu_blocks_override": 8, "block_size": 32, "scheduler_reserve_full_isl": False}
+    with Engine(settings(models / family, max_len=207, max_num_batched_tokens=48, arguments=small)) as engine:
+        runner = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        seen: list[str] = []
+        inner = runner.execute_model
+
+        def execute_model(scheduler_output: Any, *arguments: Any) -> Any:
+            seen.extend(scheduler_output.preempted_req_ids or ())
+            return inner(scheduler_output, *arguments)
+
+        runner.execute_model = execute_model
+        found = engine.run([submission(prepare(processor, each)) for each in samples()])
+        return {"captured": found, "preemptions": len(seen)}
+
+
+def missing_seam(models: Path, family: str) -> str:
+    """What starting says when an attribute that the capture hooks is gone."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    del GPUModelRunner._get_prompt_logprobs_dict
+    return _refusal(settings(models / family))
+
+
+def vanishing(models: Path, family: str) -> str:
+    """What starting says of an untested vLLM."""
+    import vllm
+
+    vllm.__version__ = "9.9.9"
+    return _refusal(settings(models / family))
+
+
+def _refusal(wanted: EngineSettings) -> str:
+    try:
+        with Engine(wanted):
+            return "started"
+    except CascacheError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _run_case(case: str, models: Path, out: Path) -> None:
+    status = 1
+    try:
+        name, *arguments = case.split(":")
+        (out / case).write_bytes(pickle.dumps(globals()[name](models, *arguments)))
+        status = 0
+    finally:
+        if status:
+            traceback.print_exc()
+        os._exit(status)  # a fork must not run its parent's exit handlers
+
+
+def main() -> int:
+    import torch
+    import vllm
+
+    torch.set_num_threads(1)
+    vllm.LLM  # noqa: B018  imports the engine before the forks
+    models, out = Path(sys.argv[1]), Path(sys.argv[2])
+    failed = 0
+    for case in sys.argv[3:]:
+        child = os.fork()
+        if child == 0:
+            _run_case(case, models, out)
+        failed += os.waitpid(child, 0)[1] != 0
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())

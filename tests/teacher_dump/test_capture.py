@@ -1,0 +1,221 @@
+"""The capture inside vLLM gives what transformers gives in float32 on the same weights.
+
+All engine cases of this file run in one process, forked once each; see `engine_job`.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.chat import load_processor
+from common.relation import factor_exact, head_gram, relation
+from common.spans import response_rows
+from teacher_dump.request import Captured
+from tests import tiny_families
+from tests.teacher_dump.engine_job import TOPK
+from tests.teacher_dump.examples import prepare, samples
+
+ROOT = Path(__file__).parents[2]
+FAMILIES = ("llava_siglip", "llava_onevision", "qwen2_5_vl")
+WHOLE, CHUNKED = "4096", "128"
+CASES = [
+    *(f"capture:{family}:{batched}" for family in FAMILIES for batched in (WHOLE, CHUNKED)),
+    "capture:qwen3_vl:4096",
+    "tampered:llava_siglip",
+    "shifted_rows:llava_siglip",
+    "preempted:llava_siglip",
+    "missing_seam:llava_siglip",
+    "vanishing:llava_siglip",
+]
+CAPTURES = [case for case in CASES if case.startswith("capture")]
+TOLERANCE = 1e-4
+
+
+def run_cases(models: Path, out: Path, cases: list[str]) -> None:
+    """Run engine cases in a process of their own."""
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    command = [sys.executable, "-m", "tests.teacher_dump.engine_job", str(models), str(out), *cases]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=580
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    out = tmp_path_factory.mktemp("engine")
+    for family in {case.split(":")[1] for case in CASES}:
+        tiny_families.build(family, tiny_dir)
+    run_cases(tiny_dir, out, CASES)
+    return lambda case: pickle.loads((out / case).read_bytes())
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_dir: Path) -> Callable[[str], dict[str, dict[str, torch.Tensor]]]:
+    """Logits and final hidden states of transformers in float32, by family and sample."""
+    known: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
+
+    def of(family: str) -> dict[str, dict[str, torch.Tensor]]:
+        if family not in known:
+            known[family] = forward_all(tiny_dir / family)
+        return known[family]
+
+    return of
+
+
+@torch.inference_mode()
+def forward_all(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
+    processor = load_processor(str(directory))
+    answers = {}
+    for example in samples():
+        item = prepare(processor, example)
+        text = processor.tokenizer.decode(item.prompt.prompt_ids)
+        inputs = processor(text=text, images=list(item.pixels) or None, return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == item.prompt.token_ids.tolist()
+        output = model(**inputs, output_hidden_states=True)
+        weight = model.get_output_embeddings().weight
+        answers[example.sample_id] = {
+            "logits": output.logits[0],
+            "hidden": output.hidden_states[-1][0],
+            "gram": head_gram(weight),
+        }
+    return answers
+
+
+def check_rows(found: Any, logits: torch.Tensor) -> None:
+    """Rows equal the dense logits at both temperatures, with the same kept set."""
+    exact = logits.double()
+    lse = torch.stack([exact.logsumexp(-1), (exact / 2).logsumexp(-1)], -1).numpy()
+    assert np.abs(found.logsumexp - lse).max() <= TOLERANCE
+    best = exact.topk(TOPK, dim=-1)
+    raw = found.logprobs + found.logsumexp[:, :1]
+    assert np.abs(raw - best.values.numpy()).max() <= TOLERANCE
+    assert (np.sort(found.token_ids, -1) == np.sort(best.indices.numpy(), -1)).all()
+    rest = exact.scatter(-1, best.indices, float("-inf"))
+    tails = torch.stack([rest.logsumexp(-1), (rest / 2).logsumexp(-1)], -1).numpy() - lse
+    assert np.abs(found.log_tail - tails).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CAPTURES)
+def test_equals_transformers_in_float32(
+    case: str, answers: Callable[[str], Any], reference: Callable[[str], Any], tiny_dir: Path
+):
+    family = case.split(":")[1]
+    expected = reference(family)
+    processor = load_processor(str(tiny_dir / family))
+    for example, found in zip(samples(), answers(case)["captured"], strict=True):
+        assert found.problem is None, f"{found.key}: {found.problem}"
+        prompt = prepare(processor, example).prompt
+        wanted = expected[example.sample_id]
+        check_rows(found.response, wanted["logits"][response_rows(prompt.spans)])
+        assert sorted(found.images) == list(range(len(prompt.images)))
+        for index, image in found.images.items():
+            span = slice(prompt.images[index].start, prompt.images[index].stop)
+            check_rows(image.rows, wanted["logits"][span])
+            assert np.abs(image.hidden - wanted["hidden"][span].numpy()).max() <= TOLERANCE
+            check_factor(image, relation(wanted["hidden"][span], wanted["gram"]))
+
+
+def check_factor(image: Any, matrix: torch.Tensor) -> None:
+    """The factor's direction is as far from the relation's as it says, and of the exact twin's rank."""
+    kept = torch.from_numpy(np.array(image.factor)).double()
+    approximate = kept @ kept.T
+    exact = matrix.double()
+    distance = float((approximate / approximate.norm() - exact / exact.norm()).norm())
+    assert distance <= image.factor_error + 1e-5
+    assert image.factor_error <= 1e-3
+    assert abs(kept.shape[1] - factor_exact(exact, tolerance=1e-3, max_rank=128).factor.shape[1]) <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CAPTURES)
+def test_equals_prompt_logprobs_of_the_same_engine(case: str, answers: Callable[[str], Any], tiny_dir: Path):
+    item = prepare(load_processor(str(tiny_dir / case.split(":")[1])), samples()[0])
+    rows = response_rows(item.prompt.spans)
+    found, oracle = answers(case)["captured"][0].response, answers(case)["oracle"]
+    for index, row in enumerate(rows):
+        expected = oracle[row + 1]  # entry p + 1 is the distribution from the logits at p
+        for token, logprob in zip(found.token_ids[index].tolist(), found.logprobs[index], strict=True):
+            assert expected[token] == pytest.approx(logprob, abs=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tampering", "reason", "words"),
+    [
+        ("swapped", "image-mismatch", "vLLM shows images"),
+        ("dropped", "image-mismatch", "vLLM shows images"),
+        ("duplicated", "image-mismatch", "vLLM shows images"),
+        ("another", "image-mismatch", "vLLM shows images"),
+        ("none", "image-mismatch", r"vLLM shows images \[\]"),
+        ("shifted-image", "image-mismatch", "at 7"),
+        ("shifted-tokens", "prompt-mismatch", "expected ones"),
+    ],
+)
+def test_a_teacher_that_did_not_see_the_image_is_caught(
+    tampering: str, reason: str, words: str, answers: Callable[[str], Any]
+):
+    found = answers("tampered:llava_siglip")[tampering]
+    assert found.reason == reason
+    assert found.response is None
+    assert not found.images
+    with pytest.raises(AssertionError, match=words):
+        assert found.problem is None, found.problem
+
+
+@pytest.mark.slow
+def test_an_engine_goes_on_after_refusing(answers: Callable[[str], Any]):
+    found = answers("tampered:llava_siglip")
+    assert found["untouched"].problem is None
+    assert found["after"].problem is None
+
+
+@pytest.mark.slow
+def test_rows_shifted_by_one_are_caught(answers: Callable[[str], Any]):
+    found: Captured = answers("shifted_rows:llava_siglip")
+    assert found.reason == "position-shift"
+    assert "was computed from token" in (found.problem or "")
+
+
+@pytest.mark.slow
+def test_preemption_loses_and_repeats_nothing(answers: Callable[[str], Any]):
+    found = answers("preempted:llava_siglip")
+    assert found["preemptions"] > 0
+    for preempted, calm in zip(
+        found["captured"], answers("capture:llava_siglip:4096")["captured"], strict=True
+    ):
+        assert preempted.problem is None, preempted.problem
+        assert np.abs(preempted.response.logsumexp - calm.response.logsumexp).max() <= TOLERANCE
+        assert (preempted.response.token_ids == calm.response.token_ids).all()
+
+
+@pytest.mark.slow
+def test_a_missing_seam_is_named(answers: Callable[[str], Any]):
+    message = answers("missing_seam:llava_siglip")
+    assert message.startswith("EngineError")
+    assert "prompt_logprobs_worker" in message
+    assert "0.32.0" in message
+
+
+@pytest.mark.slow
+def test_an_untested_vllm_is_refused(answers: Callable[[str], Any]):
+    message = answers("vanishing:llava_siglip")
+    assert message.startswith("EngineError: found vllm 9.9.9")
+    assert "--any-vllm" in message
