@@ -1,13 +1,12 @@
 """The arrays of a part: every name, axis, type and unit of the format in one table.
 
-Every array of a part has the block as its first axis: `array[b]` is what block b holds, padded with
-zeros to the longest block of the part. How much of it is used stands in the part's attributes
-(`lengths[name][b]`, counted along the last axis).
+Every array of a part is stored as [B, C]: row b holds what block b has, one value after the other, and zeros
+up to the longest block. An array of two axes lies rank by rank: all first choices, then all second ones.
+Neighbours along a rank resemble each other, so they compress better and are summed and scaled at vector
+speed. How much of a row is used, and how many ranks it has, stands in the part's attributes:
+`arrays[name].lengths[b]` and `arrays[name].ranks`.
 
     Axes: B blocks, S samples, I images, N rows, K kept tokens, H temperatures, T tokens, D dictionary entries
-
-Rows lie along the *last* axis, ranks before it: all first choices, then all second choices, ... Neighbours
-along a rank resemble each other, so they compress better and are summed and scaled at vector speed.
 """
 
 from dataclasses import dataclass
@@ -38,9 +37,9 @@ SCALARS_PER_LOGIT_STEP: Final = 16
 NO_VALUE: Final = -(2**31)
 """The entry of `scalar_steps` that stands for −inf."""
 
-IdScope = Literal["owner", "block", "part", "plain"]
-"""Whose dictionary the codes index: one for each sample (response rows) or image (visual rows), one a block,
-one a part (in the place of block 0), or none: the codes are the ids."""
+IdScope = Literal["owner", "block", "plain"]
+"""Whose dictionary the codes index: one for each sample (response rows) or image (visual rows), one a block, or
+none."""
 
 ROW_TABLES: Final = ("response", "visual")
 """The two tables of rows; both hold the arrays of `ROW_ARRAYS` under their own prefix."""
@@ -55,7 +54,7 @@ class ArraySpec:
     dtypes: tuple[str, ...]
     """Types allowed; the writer takes the first that holds the part's values."""
     axes: tuple[str, ...]
-    """Axes after the block axis."""
+    """What one block holds; with two axes, the first is the rank axis."""
     packing: Packing
     """What its codec should expect."""
     optional: bool = False
@@ -77,8 +76,8 @@ IMAGE_ARRAYS: Final = (
     ArraySpec("image_tiles", ("int32",), ("field", "tile"), "small", optional=True),
     ArraySpec("image_factor", ("int16", "int32"), ("R", "P"), "dense", optional=True),
     ArraySpec("image_factor_scale", ("float32",), ("R",), "dense", optional=True),
-    ArraySpec("image_hidden", ("uint16", "float32", "int16"), ("cell",), "dense", optional=True),
-    ArraySpec("image_hidden_scale", ("float32",), ("position",), "dense", optional=True),
+    ArraySpec("image_hidden", ("uint16", "float32", "int16"), ("D", "P"), "dense", optional=True),
+    ArraySpec("image_hidden_scale", ("float32",), ("P",), "dense", optional=True),
 )
 
 ROW_ARRAYS: Final = (
@@ -93,6 +92,7 @@ ROW_ARRAYS: Final = (
     ArraySpec("codes", ("uint16", "uint32"), ("K", "N"), "dense", optional=True),
     ArraySpec("dictionary", ("int32",), ("D",), "trend", optional=True),
     ArraySpec("dictionary_sizes", ("int32",), ("owner",), "small", optional=True),
+    ArraySpec("ids_by_rank", ("int32",), ("rank",), "trend", optional=True),
     ArraySpec("counts", ("uint16", "uint32"), ("K", "N"), "dense", optional=True),
 )
 

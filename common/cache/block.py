@@ -160,7 +160,9 @@ class Block:
         info = {name: int(values[image]) for name, values in self.images.items()}
         names = self._columns["image_keys"][self._slice("image_keys", image)]
         rows = self._slice("visual_positions", image)
-        tiles = self._columns["image_tiles"][:, self._slice("image_tiles", image)].T.tolist()
+        tiles = self._columns.get("image_tiles", np.empty((4, 0), np.int32))[
+            :, self._slice("image_tiles", image)
+        ].T.tolist()
         topk = None
         if info["num_rows"] >= 0:
             topk = (

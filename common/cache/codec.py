@@ -1,6 +1,6 @@
 """Narrow encodings of sparse distributions, each with its worst error.
 
-    ids        dictionary of a sample, image, block or part; codes [K, N]         lossless
+    ids        ranks in the part; places in a dictionary of a sample, image, block   lossless
     logits     steps      whole steps below the top log-prob                      step / 2 nats
                bfloat16   bits of logit = logprob + logsumexp                     0 if the head emits bfloat16
                float32    log-probs as they are                                   0
@@ -35,10 +35,15 @@ _CLASS_RATIO: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class IdCoding:
-    """How a part codes the ids of one table."""
+    """How a part codes the ids of one table.
+
+    id ──(ranked: its rank of frequency in the part)──> ──(scope: its place in a dictionary)──> code
+    """
 
     scope: IdScope
     """Whose dictionary."""
+    ranked: bool
+    """Whether dictionaries hold ranks of the part's `ids_by_rank` (and plain codes are such ranks), or ids."""
     ties: bool
     """Whether ids on one step are stored as differences."""
 
@@ -66,6 +71,13 @@ def build_dictionary(token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
     order = np.lexsort((values, -frequency))
     dictionary: NDArray[np.int32] = values[order].astype(np.int32)
     return dictionary
+
+
+def to_ranks(token_ids: NDArray[np.int32], ids_by_rank: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Each id's place in `ids_by_rank`; 0 for ids that are not in it (unused slots)."""
+    ranks = np.zeros(1 + max(int(token_ids.max(initial=0)), int(ids_by_rank.max(initial=0))), np.int32)
+    ranks[ids_by_rank] = np.arange(len(ids_by_rank), dtype=np.int32)
+    return ranks[token_ids]
 
 
 def encode_ids(token_ids: NDArray[np.int32], used: NDArray[np.bool_], dictionary: NDArray[np.int32]) -> Array:
@@ -143,7 +155,9 @@ def add_ties(codes: Array, levels: Array) -> None:
         np.add(codes[rank], scratch, out=codes[rank])
 
 
-def quantise_logprobs(logprobs: NDArray[np.float32], used: NDArray[np.bool_], step: float) -> NDArray[np.int64]:
+def quantise_logprobs(
+    logprobs: NDArray[np.float32], used: NDArray[np.bool_], step: float
+) -> NDArray[np.int64]:
     """Whole steps [N, K] below each row's top log-prob *as it will be decoded*; 0 in unused slots.
 
     Worst error of a log-prob: step / 2 nats.

@@ -134,9 +134,7 @@ def drop_index(root: Path) -> None:
 
 
 def _write_array(directory: Path, values: Array, spec: ArraySpec) -> None:
-    whole = values[None] if values.shape[-1] else np.zeros((1, *values.shape[:-1], 1), values.dtype)
-    coding = coding_for("portable", whole.dtype, spec.packing)
-    write_shard(directory, whole, whole.shape, coding, ("one", *spec.axes))
+    write_shard(directory, [values.reshape(-1)], [1], coding_for("portable", values.dtype, spec.packing))
 
 
 def read_index(root: Path, manifest: Manifest) -> Index | None:
@@ -154,30 +152,30 @@ def read_index(root: Path, manifest: Manifest) -> Index | None:
         raise CacheError(f"{path} is damaged ({error}); run `cascache finalize` to write it again") from error
     if attributes.get("identity_sha256") != layout.identity_sha256(manifest):
         raise CacheError(f"{path} belongs to another cache; run `cascache finalize` to write it again")
-    arrays = {spec.name: _read_array(root / layout.INDEX / spec.name) for spec in INDEX_ARRAYS}
-    return _checked(arrays, attributes, path)
-
-
-def _read_array(directory: Path) -> Array:
-    reader = ShardReader(directory, directory.name)
     try:
-        return reader.read_block(0)
-    finally:
-        reader.close()
-
-
-def _checked(arrays: dict[str, Array], attributes: Mapping[str, Any], path: Path) -> Index:
-    try:
-        directories = {int(part): str(name) for part, name, _ in attributes["parts"]}
-        blocks = arrays["blocks"][:, : int(attributes["num_blocks"])]
-        names = Names(
-            arrays["text"][: int(attributes["num_text_bytes"])],
-            arrays["text_lengths"][:, : int(attributes["num_records"])],
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        return _read_arrays(root / layout.INDEX, attributes)
+    except (PartCorrupt, KeyError, TypeError, ValueError) as error:
         raise CacheError(f"{path} is damaged ({error}); run `cascache finalize` to write it again") from error
+
+
+def _read_arrays(directory: Path, attributes: Mapping[str, Any]) -> Index:
+    num_records, num_blocks = int(attributes["num_records"]), int(attributes["num_blocks"])
+    directories = {int(part): str(name) for part, name, _ in attributes["parts"]}
+    blocks = _read_array(directory / "blocks", 3 * num_blocks).reshape(3, -1)
+    text = _read_array(directory / "text", int(attributes["num_text_bytes"]))
+    lengths = _read_array(directory / "text_lengths", 2 * num_records).reshape(2, -1)
     good = all(layout.is_directory_of(name, part) for part, name in directories.items())
     good = good and set(np.unique(blocks[0]).tolist()) <= directories.keys() and bool((blocks[1:] >= 0).all())
-    if not good or int(blocks[2].sum()) != names.lengths.shape[1]:
-        raise CacheError(f"{path} contradicts itself; run `cascache finalize` to write it again")
-    return Index(directories, blocks, names)
+    if not good or int(blocks[2].sum()) != num_records:
+        raise ValueError("it contradicts itself")
+    return Index(directories, blocks, Names(text, lengths))
+
+
+def _read_array(directory: Path, length: int) -> Array:
+    reader = ShardReader(directory)
+    try:
+        if length < 0 or length > reader.meta.capacity:
+            raise PartCorrupt(f"{directory}: {reader.meta.capacity} values cannot hold {length}")
+        return reader.read_block(0, length)
+    finally:
+        reader.close()

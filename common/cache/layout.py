@@ -3,7 +3,7 @@
     l1/
     ├── zarr.json                    root group; attributes = manifest
     ├── parts/00012-9f31c2/          one part: a Zarr group of arrays
-    │   └── response_codes/c.0.0.0   one shard: all blocks of that array
+    │   └── response_codes/c.0.0     one shard: all blocks of that array
     ├── seals/00012/zarr.json        a Zarr group whose attributes are the seal; it names the part's directory
     ├── index/                       written by finalize: what opening needs
     └── .writing/00013-77aa01/       unfinished; renamed into parts/ when complete
@@ -30,7 +30,7 @@ GUARD: Final = "sha256"
 """Attribute of the root, of seals and of the index: SHA-256 over the other attributes."""
 
 _DIRECTORY = re.compile(r"(\d{5,9})-[0-9a-f]{6,32}")
-_FILE = re.compile(r"[a-z_]+/(c(\.0){2,4}|zarr\.json)|zarr\.json")
+_FILE = re.compile(r"[a-z_]+/(c\.0\.0|zarr\.json)|zarr\.json")
 
 
 def part_name(part: int) -> str:

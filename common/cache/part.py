@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from common.cache import codec, layout
 from common.cache.codec import IdCoding
 from common.cache.pack import PackedPart
-from common.cache.shard import Coding, ShardReader, array_json, coding_for, encode_shard, shard_name
+from common.cache.shard import AGAIN, SHARD_NAME, Coding, ShardReader, array_json, coding_for, encode_shard
 from common.errors import PartCorrupt
 from schemas.arrays import ROW_TABLES, ArraySpec, IdScope, array_table
 
@@ -28,8 +28,14 @@ Array = NDArray[Any]
 WRITE_THREADS: Final = 8
 """Arrays encoded and synced side by side: an fsync waits, it does not compute."""
 
-CHUNK_VALUES: Final = {"scalars": 1, "scalar_steps": 1, "level_pairs": 1 << 16, "image_factor": 1 << 14}
-"""Values a chunk aims at, where it is not 2¹⁷; one rank at least."""
+PAGE_VALUES: Final = 1 << 17
+"""Values that share one entropy table, about."""
+
+SHARED_SUFFIX: Final = "_ids_by_rank"
+"""Arrays that all blocks of a part share; they lie in block 0."""
+
+PAGES: Final = {"scalars": 1, "scalar_steps": 1, "level_pairs": 1 << 16, "image_factor": 1 << 14}
+"""As `PAGE_VALUES`, where neighbouring ranks differ more; one rank at least."""
 
 
 def write_part_files(directory: Path, part: PackedPart, *, profile: str) -> None:
@@ -69,56 +75,47 @@ def _all_kept(blocks: Sequence[Mapping[str, Array]], name: str) -> bool:
 def _write_array(
     directory: Path, spec: ArraySpec, pieces: Sequence[Array | None], profile: str
 ) -> dict[str, object]:
-    padded, used = pad(pieces, spec)
-    chunk = [1, *padded.shape[1:]]
-    if padded.ndim == 3:
-        chunk[1] = _ranks_per_chunk(spec, padded.shape[2])
-        extra = -padded.shape[1] % chunk[1]
-        padded = np.pad(padded, ((0, 0), (0, extra), (0, 0)))
-    write_shard(
-        directory, padded, chunk, coding_for(profile, padded.dtype, spec.packing), ("block", *spec.axes)
-    )
-    return used
+    """Write one array; returns what its metadata cannot say: used `lengths`, and `ranks` of the axis before."""
+    held = [piece for piece in pieces if piece is not None]
+    dtype = _narrowest(held, spec)
+    ranks = max(len(piece) for piece in held) if len(spec.axes) == 2 else None
+    flat = [_flatten(piece, ranks, dtype) for piece in pieces]
+    page = [_page(spec, piece.size // (ranks or 1)) for piece in flat]
+    write_shard(directory, flat, page, coding_for(profile, dtype, spec.packing))
+    lengths = [piece.size // (ranks or 1) for piece in flat]
+    return {"lengths": lengths} | ({} if ranks is None else {"ranks": ranks})
 
 
-def _ranks_per_chunk(spec: ArraySpec, length: int) -> int:
-    """Ranks that share one entropy table: few where they differ, more where a table would cost too much."""
-    return max(1, CHUNK_VALUES.get(spec.name, 1 << 17) // length)
+def _flatten(piece: Array | None, ranks: int | None, dtype: np.dtype[Any]) -> Array:
+    """A block's values in one line, rank after rank; missing ranks are zeros."""
+    if piece is None:
+        return np.zeros(0, dtype)
+    if ranks is not None and len(piece) < ranks:
+        piece = np.pad(piece, ((0, ranks - len(piece)), (0, 0)))
+    return np.ascontiguousarray(piece, dtype).reshape(-1)
 
 
-def write_shard(
-    directory: Path, values: Array, chunk: Sequence[int], coding: Coding, axes: Sequence[str]
-) -> None:
+def _page(spec: ArraySpec, length: int) -> int:
+    """Values that share an entropy table: few ranks where they differ, many where a table would cost too much."""
+    if len(spec.axes) == 1:
+        return PAGE_VALUES
+    return max(1, PAGES.get(spec.name, PAGE_VALUES) // max(1, length)) * max(1, length)
+
+
+def write_shard(directory: Path, pieces: Sequence[Array], page: Sequence[int], coding: Coding) -> None:
     """Write one array, metadata and its only shard, into a new directory and sync them."""
     directory.mkdir()
-    write_synced(directory / shard_name(values.ndim), encode_shard(values, chunk, coding))
-    write_synced(directory / layout.METADATA, array_json(values, chunk, coding, axes))
+    data, capacity = encode_shard(pieces, page, coding)
+    write_synced(directory / SHARD_NAME, data)
+    write_synced(directory / layout.METADATA, array_json(pieces[0].dtype, (len(pieces), capacity), coding))
     sync_directory(directory)
 
 
-def pad(pieces: Sequence[Array | None], spec: ArraySpec) -> tuple[Array, dict[str, object]]:
-    """Stack blocks of different lengths, zeros behind the shorter ones.
-
-    Returns:
-        The array [B, ..., C], and what of it is used: `lengths` of the last axis, block by block, and
-        `ranks` of the axis before it.
-    """
-    held = [piece for piece in pieces if piece is not None]
-    dtype = held[0].dtype
-    if dtype.name not in spec.dtypes or len(spec.dtypes) > 1 and dtype.kind in "iu":
-        widest = max(held, key=lambda piece: piece.dtype.itemsize).dtype
-        dtype = widest if widest.name in spec.dtypes else _narrowest(held, spec)
-    ranks = max(len(piece) for piece in held) if held[0].ndim == 2 else None
-    lengths = [0 if piece is None else piece.shape[-1] for piece in pieces]
-    out = np.zeros((len(pieces), *(() if ranks is None else (ranks,)), max(1, *lengths)), dtype)
-    for block, piece in enumerate(pieces):
-        if piece is not None:
-            where: tuple[int | slice, ...] = (block, *(slice(n) for n in piece.shape))
-            out[where] = piece
-    return out, {"lengths": lengths} | ({} if ranks is None else {"ranks": ranks})
-
-
 def _narrowest(pieces: Sequence[Array], spec: ArraySpec) -> np.dtype[Any]:
+    """The widest type that the encoder chose for a block; where it left the choice open, the first that fits."""
+    widest = max((piece.dtype for piece in pieces), key=lambda dtype: dtype.itemsize)
+    if widest.name in spec.dtypes and len(spec.dtypes) > 1 or len(spec.dtypes) == 1:
+        return widest if widest.name in spec.dtypes else np.dtype(spec.dtypes[0])
     bounds = np.array([(int(p.min(initial=0)), int(p.max(initial=0))) for p in pieces])
     return codec.smallest(bounds, spec.dtypes).dtype
 
@@ -156,17 +153,13 @@ class PartReader:
         self.info = read_part_info(directory / layout.METADATA)
         self.arrays: dict[str, ShardReader] = {}
         for name, lengths in self.info.lengths.items():
-            array = ShardReader(directory / name, name)
+            array = ShardReader(directory / name)
             self.arrays[name] = array
-            shape, ranks = array.meta.shape, self.info.ranks.get(name)
-            fits = (
-                shape[0] == self.num_blocks
-                and max(lengths) <= shape[-1]
-                and len(shape) == (2 if ranks is None else 3)
-            )
-            if not fits or (ranks or 0) > shape[1]:
+            most = max(lengths) * self.info.ranks.get(name, 1)
+            if array.meta.num_blocks != self.num_blocks or most > array.meta.capacity:
+                found = f"[{array.meta.num_blocks}, {array.meta.capacity}]"
                 raise PartCorrupt(
-                    f"{directory / name}: shape {shape} is not what {self.num_blocks} blocks need; dump the part again"
+                    f"{directory / name}: {found} cannot hold {self.num_blocks} blocks of {most}; {AGAIN}"
                 )
 
     @property
@@ -180,17 +173,17 @@ class PartReader:
         return {name: self._read(name, block) for name in wanted}
 
     def _read(self, name: str, block: int) -> Array:
-        table = name.removesuffix("_dictionary")
-        if table in self.info.codings and self.info.codings[table].scope == "part":
-            return self._part_dictionary(name)
-        values = self.arrays[name].read_block(block)
-        ranks = self.info.ranks.get(name)
-        return (values if ranks is None else values[:ranks])[..., : self.info.lengths[name][block]]
+        if name.endswith(SHARED_SUFFIX):
+            return self._read_shared(name)
+        length, ranks = self.info.lengths[name][block], self.info.ranks.get(name)
+        if ranks is None:
+            return self.arrays[name].read_block(block, length)
+        return self.arrays[name].read_block(block, ranks * length).reshape(ranks, length)
 
-    def _part_dictionary(self, name: str) -> Array:
-        """The dictionary that all blocks share, decoded once."""
+    def _read_shared(self, name: str) -> Array:
+        """An array of the whole part, which lies in block 0: decoded once."""
         if name not in self._shared:
-            self._shared[name] = self.arrays[name].read_block(0)[: self.info.lengths[name][0]]
+            self._shared[name] = self.arrays[name].read_block(0, self.info.lengths[name][0])
         return self._shared[name]
 
     @cached_property
@@ -228,7 +221,10 @@ def read_part_info(path: Path) -> PartInfo:
         arrays = {str(name): dict(used) for name, used in attributes["arrays"].items()}
         info = PartInfo(
             num_blocks=int(attributes["num_blocks"]),
-            codings={str(t): IdCoding(c["scope"], bool(c["ties"])) for t, c in attributes["ids"].items()},
+            codings={
+                str(t): IdCoding(c["scope"], ranked=bool(c["ranked"]), ties=bool(c["ties"]))
+                for t, c in attributes["ids"].items()
+            },
             lengths={name: [int(n) for n in used["lengths"]] for name, used in arrays.items()},
             ranks={name: int(used["ranks"]) for name, used in arrays.items() if "ranks" in used},
         )

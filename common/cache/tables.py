@@ -4,9 +4,10 @@ TableRows of B blocks ── choose (by trial on one block) ──> IdCoding ─
 columns + IdCoding ── decode_rows ──> Rows [K, N]
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,6 @@ from schemas.manifest import Encoding, Manifest
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
-
-_TRIAL_ROWS: Final = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,44 +70,43 @@ class Rows:
 def choose_ids(blocks: Sequence[TableRows], encoding: Encoding) -> IdCoding:
     """The coding of ids that takes the fewest bytes, by trial on the part's first block of rows.
 
-    A dictionary of the whole part is tried on that block's codes with its share of the cost.
+    The part's table of ranks counts with that block's share of it.
     """
     trial = blocks[0]
     steps = codec.quantise_logprobs(trial.rows.logprobs, trial.used, encoding.logit_step)
     may_tie = encoding.logits == "steps" and trial.rows.counts is None
-    whole = _part_dictionary(blocks)
-    best, best_bytes = IdCoding("plain", False), float("inf")
-    scopes: tuple[IdScope, ...] = ("owner", "block", "part", "plain")
-    for scope in scopes if len(blocks) > 1 else ("owner", "block", "plain"):
-        code = _codes(trial, scope, whole)
-        share = (
-            len(trial.rows.positions) / sum(len(b.rows.positions) for b in blocks) if scope == "part" else 1.0
-        )
-        entries = whole if scope == "part" else code.dictionary
-        fixed = share * _num_bytes(entries, trend=True) if len(entries) else 0.0
+    share = len(trial.rows.positions) / sum(len(b.rows.positions) for b in blocks)
+    ids_by_rank = rank_ids(blocks)
+    best, best_bytes = IdCoding("plain", ranked=False, ties=False), float("inf")
+    scopes: tuple[IdScope, ...] = ("owner", "block", "plain")
+    for ranked, scope in itertools.product((True, False), scopes):
+        ids = codec.to_ranks(trial.rows.token_ids, ids_by_rank) if ranked else trial.rows.token_ids
+        code = _codes(trial, ids, scope)
+        fixed = share * _num_bytes(ids_by_rank, trend=True) if ranked else 0.0
+        fixed += _num_bytes(code.dictionary, trend=True) if len(code.dictionary) else 0
         for ties in (True, False) if may_tie else (False,):
             size = fixed + _num_bytes(_stored_codes(trial, code.codes, steps, ties)[0], trend=False)
             if size < best_bytes:
-                best, best_bytes = IdCoding(scope, ties), size
+                best, best_bytes = IdCoding(scope, ranked=ranked, ties=ties), size
     return best
 
 
 def _num_bytes(values: Array, *, trend: bool) -> int:
     narrow = codec.smallest(values, ("uint16", "uint32"))
-    return len(encode_chunk(narrow, coding_for("pcodec", narrow.dtype, "trend" if trend else "dense")))
+    coding = coding_for("pcodec", narrow.dtype, "trend" if trend else "dense")
+    return len(encode_chunk(narrow.reshape(-1), narrow.size, 1 << 17, coding))
 
 
-def _part_dictionary(blocks: Sequence[TableRows]) -> NDArray[np.int32]:
+def rank_ids(blocks: Sequence[TableRows]) -> NDArray[np.int32]:
+    """All ids of a part, frequent ones first."""
     return codec.build_dictionary(np.concatenate([b.rows.token_ids[b.used] for b in blocks]))
 
 
-def _codes(table: TableRows, scope: IdScope, whole: NDArray[np.int32]) -> IdCode:
-    ids, used = table.rows.token_ids, table.used
+def _codes(table: TableRows, ids: NDArray[np.int32], scope: IdScope) -> IdCode:
     if scope == "plain":
-        return IdCode(np.where(used, ids, 0).astype(np.int64), np.empty(0, np.int32), np.empty(0, np.int32))
-    if scope == "part":
-        return IdCode(codec.encode_ids(ids, used, whole), np.empty(0, np.int32), np.empty(0, np.int32))
-    return codec.encode_ids_by_owner(ids, used, table.owners if scope == "owner" else (len(ids),))
+        codes = np.where(table.used, ids, 0).astype(np.int64)
+        return IdCode(codes, np.empty(0, np.int32), np.empty(0, np.int32))
+    return codec.encode_ids_by_owner(ids, table.used, table.owners if scope == "owner" else (len(ids),))
 
 
 def _stored_codes(table: TableRows, codes: Array, steps: Array, ties: bool) -> tuple[Array, Array]:
@@ -131,17 +129,12 @@ def encode_table(
         errors: Worst errors so far, raised in place.
     """
     held = [block for block in blocks if block is not None]
-    whole = _part_dictionary(held) if coding.scope == "part" else np.empty(0, np.int32)
-    limit = (
-        max(len(whole), *(int(b.rows.token_ids.max(initial=0)) for b in held))
-        if coding.scope in ("part", "plain")
-        else 0
-    )
+    ids_by_rank = rank_ids(held) if coding.ranked else None
     columns = [
-        {} if b is None else _encode_rows(b, coding, manifest.encoding, whole, limit, errors) for b in blocks
+        {} if b is None else _encode_rows(b, coding, manifest.encoding, ids_by_rank, errors) for b in blocks
     ]
-    if coding.scope == "part":
-        columns[0]["dictionary"] = whole
+    if ids_by_rank is not None:
+        columns[0]["ids_by_rank"] = ids_by_rank
     _pair_all(columns)
     return columns
 
@@ -157,11 +150,15 @@ def _pair_all(blocks: Sequence[Columns]) -> None:
 
 
 def _encode_rows(
-    table: TableRows, coding: IdCoding, encoding: Encoding, whole: Array, limit: int, errors: dict[str, float]
+    table: TableRows,
+    coding: IdCoding,
+    encoding: Encoding,
+    ids_by_rank: NDArray[np.int32] | None,
+    errors: dict[str, float],
 ) -> Columns:
     rows, used = table.rows, table.used
-    code = _codes(table, coding.scope, whole)
-    largest = max(limit, int(code.codes.max(initial=0)))
+    ids = rows.token_ids if ids_by_rank is None else codec.to_ranks(rows.token_ids, ids_by_rank)
+    code = _codes(table, ids, coding.scope)
     columns: Columns = {"positions": rows.positions, "kept": used.sum(axis=1)}
     if len(code.dictionary):
         columns |= {"dictionary": code.dictionary, "dictionary_sizes": code.sizes}
@@ -181,6 +178,7 @@ def _encode_rows(
         _note(errors, "logprob_nats", np.abs(codec.from_bfloat16(columns["logit_bits"]) - logits.T))
     else:
         columns |= {"logprobs": np.where(used, rows.logprobs, 0).T.astype(np.float32), "scalars": scalars}
+    largest = int(code.codes.max(initial=0))
     columns["codes"] = codec.smallest(np.ascontiguousarray(codes), ("uint16", "uint32"), limit=largest)
     if rows.counts is not None:
         columns["counts"] = np.ascontiguousarray(rows.counts.T)
@@ -208,7 +206,7 @@ def decode_rows(
     """Decode one table's arrays (names without the table's prefix).
 
     Args:
-        columns: Arrays of the block; with a part's dictionary filled in.
+        columns: Arrays of the block; `ids_by_rank` is the part's.
         coding: How ids are coded.
         manifest: Says how logits are.
         owners: Rows of each sample or image.
@@ -254,18 +252,23 @@ def _exact_logprobs(columns: Mapping[str, Array], scalars: Array) -> NDArray[np.
 def _decode_ids(
     columns: Mapping[str, Array], coding: IdCoding, owners: Sequence[int], vocab: int
 ) -> NDArray[np.int32]:
+    """Undo `to_ranks` and the dictionaries, ids proven to be below `vocab`."""
     codes = columns["codes"]
-    dictionary = columns.get("dictionary", np.empty(0, np.int32))
-    highest, lowest = (codes, np.zeros(1)) if coding.scope == "plain" else (dictionary, dictionary)
-    if highest.size and not 0 <= int(lowest.min()) <= int(highest.max()) < vocab:
-        raise ValueError(f"ids outside the vocabulary of {vocab}")
     if coding.scope == "plain":
-        return codes.astype(np.int32)
-    if coding.scope == "part":
-        return dictionary.take(codes)
+        if coding.ranked:
+            return _checked_ids(columns["ids_by_rank"], vocab).take(codes)
+        return _checked_ids(codes, vocab).astype(np.int32)
+    dictionary = columns.get("dictionary", np.empty(0, np.int32))
     sizes = columns.get("dictionary_sizes", np.zeros(len(owners), np.int32))
     if (sizes < 0).any() or int(sizes.sum(dtype=np.int64)) != len(dictionary):
         raise ValueError("dictionary sizes disagree")
-    return codec.decode_ids(
-        codes, dictionary, sizes, owners if coding.scope == "owner" else (codes.shape[1],)
-    )
+    if coding.ranked:
+        dictionary = _checked_ids(columns["ids_by_rank"], vocab).take(dictionary)
+    rows = owners if coding.scope == "owner" else (codes.shape[1],)
+    return codec.decode_ids(codes, _checked_ids(dictionary, vocab), sizes, rows)
+
+
+def _checked_ids(ids: Array, vocab: int) -> Array:
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
+        raise ValueError(f"ids outside the vocabulary of {vocab}")
+    return ids
