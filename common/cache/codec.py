@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from common.cache.buffers import SHELF
 from common.errors import DataError
 from schemas.arrays import NO_VALUE, SCALARS_PER_LOGIT_STEP, IdScope
 
@@ -115,7 +116,7 @@ def decode_ids(codes: Array, dictionary: Array, sizes: Array, owners: Sequence[i
     Raises:
         IndexError: A code is outside its dictionary.
     """
-    out = np.empty(codes.shape, np.int32)
+    out = SHELF.empty(codes.shape, np.int32)
     row = entry = 0
     for count, size in zip(owners, sizes.tolist(), strict=True):
         if count:
@@ -185,7 +186,7 @@ def pair_levels(levels: NDArray[np.uint16]) -> NDArray[np.uint16]:
 
 def unpair_levels(pairs: NDArray[np.uint16], num_ranks: int) -> NDArray[np.uint16]:
     """Undo `pair_levels`: [K, N]."""
-    levels = np.empty((2 * len(pairs), pairs.shape[1]), np.uint16)
+    levels = SHELF.empty((2 * len(pairs), pairs.shape[1]), np.uint16)
     np.bitwise_and(pairs, 0xFF, out=levels[0::2])
     np.right_shift(pairs, 8, out=levels[1::2])
     return levels[:num_ranks]
@@ -196,7 +197,7 @@ def decode_levels(levels: Array, top: NDArray[np.float32], step: float) -> NDArr
 
     The running sum stays in the stored type, which the encoder chose wide enough.
     """
-    out = np.empty(levels.shape, np.float32)
+    out = SHELF.empty(levels.shape, np.float32)
     total, scale = np.zeros(levels.shape[1], levels.dtype), np.float32(step)
     for level, row in zip(levels, out, strict=True):
         np.add(total, level, out=total)

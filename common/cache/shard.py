@@ -20,6 +20,7 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
 
+from common.cache.buffers import SHELF
 from common.errors import CacheError, PartCorrupt
 from schemas.arrays import Packing
 
@@ -273,7 +274,7 @@ class ShardReader:
         raw = os.pread(self._fd, size, offset)
         if len(raw) != size:
             raise PartCorrupt(f"{self.path} ends early; {AGAIN}")
-        out = np.empty(length, self.meta.dtype)
+        out = SHELF.empty((length,), self.meta.dtype)
         decode_chunk(raw, self.meta, out, self.where)
         return out
 
