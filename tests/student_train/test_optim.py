@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,7 @@ def test_rises_over_the_warm_up_and_never_after(schedule):
     found = rates(schedule)
     assert found[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
     assert max(found) == 1.0
-    assert all(later <= earlier for earlier, later in zip(found[9:], found[10:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(found[9:]))
 
 
 def test_shapes():
