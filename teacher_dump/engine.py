@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -89,6 +89,7 @@ class Engine:
     """vLLM with the capture installed."""
 
     def __init__(self, settings: EngineSettings) -> None:
+        check_arguments(settings.arguments)
         self.settings = settings
         self._llm: Any = None
         self.runner = ""
@@ -192,9 +193,6 @@ class Engine:
 
     def _arguments(self) -> dict[str, Any]:
         settings = self.settings
-        owned = _OWNED_ARGUMENTS & settings.arguments.keys()
-        if owned:
-            raise ConfigError(f"--engine-arg {sorted(owned)[0]} is set by the dump itself; leave it out")
         single = settings.tensor_parallel * settings.pipeline_parallel == 1
         inside = settings.inside if settings.inside is not None else single and _on_cpu()
         _set_environment(inside=inside, tensor_parallel=settings.tensor_parallel)
@@ -217,6 +215,17 @@ class Engine:
             "worker_extension_cls": _EXTENSION,
             **settings.arguments,
         }
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse vLLM arguments that the capture depends on.
+
+    Raises:
+        ConfigError: With the first of them.
+    """
+    owned = sorted(_OWNED_ARGUMENTS & arguments.keys())
+    if owned:
+        raise ConfigError(f"--engine-arg {owned[0]} is set by the dump itself; leave it out")
 
 
 def _import_vllm(*, any_version: bool) -> Any:

@@ -9,7 +9,7 @@ from common.errors import ConfigError, DataError
 from common.fingerprint import fingerprints
 from schemas.manifest import Capture, DataSource, Encoding, Manifest, Relation, SampleSet
 from teacher_dump.config import DumpConfig
-from teacher_dump.engine import EngineSettings
+from teacher_dump.engine import EngineSettings, check_arguments
 from teacher_dump.plan import Plan, make_plan
 from teacher_dump.request import CaptureSettings
 from teacher_dump.teacher import Teacher
@@ -21,9 +21,10 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
     """Refuse what cannot work before anything is loaded.
 
     Raises:
-        ConfigError: K exceeds the vocabulary.
+        ConfigError: K exceeds the vocabulary, or an engine argument is not the user's to set.
         DataError: There are no samples.
     """
+    check_arguments(config.engine_arguments)
     for name, topk in (("--topk", config.topk), ("--visual-topk", config.visual_topk or 1)):
         if topk > teacher.vocab_rows:
             raise ConfigError(

@@ -1,14 +1,5 @@
-"""Runs engine cases in a process of its own: `python -m tests.teacher_dump.engine_job MODELS OUT CASE...`.
+"""Engine cases for `forked`: each starts an engine, and returns what the capture said."""
 
-vLLM changes its process (threads, environment, signal handlers), so tests never import it. Its
-modules are imported once here; each case runs in a fork and pickles what it returns to OUT/CASE.
-A case is a function of this module, its arguments joined by colons.
-"""
-
-import os
-import pickle
-import sys
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,8 +87,15 @@ def shifted_rows(models: Path, family: str) -> Captured:
 def preempted(models: Path, family: str) -> dict[str, Any]:
     """Every sample captured while the KV cache is far too small for all of them at a time."""
     processor = load_processor(str(models / family))
-    small = {"num_gpu_blocks_override": 8, "block_size": 32, "scheduler_reserve_full_isl": False}
-    with Engine(settings(models / family, max_len=207, max_num_batched_tokens=48, arguments=small)) as engine:
+    small = {
+        "num_gpu_blocks_override": 8,
+        "block_size": 32,
+        "scheduler_reserve_full_isl": False,
+        "long_prefill_token_threshold": 20,
+    }
+    with Engine(
+        settings(models / family, max_len=207, max_num_batched_tokens=160, arguments=small)
+    ) as engine:
         runner = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         seen: list[str] = []
         inner = runner.execute_model
@@ -133,35 +131,3 @@ def _refusal(wanted: EngineSettings) -> str:
             return "started"
     except CascacheError as error:
         return f"{type(error).__name__}: {error}"
-
-
-def _run_case(case: str, models: Path, out: Path) -> None:
-    status = 1
-    try:
-        name, *arguments = case.split(":")
-        (out / case).write_bytes(pickle.dumps(globals()[name](models, *arguments)))
-        status = 0
-    finally:
-        if status:
-            traceback.print_exc()
-        os._exit(status)  # a fork must not run its parent's exit handlers
-
-
-def main() -> int:
-    import torch
-    import vllm
-
-    torch.set_num_threads(1)
-    vllm.LLM  # noqa: B018  imports the engine before the forks
-    models, out = Path(sys.argv[1]), Path(sys.argv[2])
-    failed = 0
-    for case in sys.argv[3:]:
-        child = os.fork()
-        if child == 0:
-            _run_case(case, models, out)
-        failed += os.waitpid(child, 0)[1] != 0
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,12 +1,8 @@
 """The capture inside vLLM gives what transformers gives in float32 on the same weights.
 
-All engine cases of this file run in one process, forked once each; see `engine_job`.
+All engine cases of this file run in one process, forked once each; see `forked`.
 """
 
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +18,8 @@ from teacher_dump.request import Captured
 from tests import tiny_families
 from tests.teacher_dump.engine_job import TOPK
 from tests.teacher_dump.examples import prepare, samples
+from tests.teacher_dump.forked import run_cases
 
-ROOT = Path(__file__).parents[2]
 FAMILIES = ("llava_siglip", "llava_onevision", "qwen2_5_vl")
 WHOLE, CHUNKED = "4096", "128"
 CASES = [
@@ -39,28 +35,12 @@ CAPTURES = [case for case in CASES if case.startswith("capture")]
 TOLERANCE = 1e-4
 
 
-def run_cases(models: Path, out: Path, cases: list[str]) -> None:
-    """Run engine cases in a process of their own."""
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-        "OMP_NUM_THREADS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-    command = [sys.executable, "-m", "tests.teacher_dump.engine_job", str(models), str(out), *cases]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **quiet}, capture_output=True, text=True, timeout=580
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
-
-
 @pytest.fixture(scope="module")
 def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     out = tmp_path_factory.mktemp("engine")
     for family in {case.split(":")[1] for case in CASES}:
         tiny_families.build(family, tiny_dir)
-    run_cases(tiny_dir, out, CASES)
-    return lambda case: pickle.loads((out / case).read_bytes())
+    return run_cases("engine_job", tiny_dir, out, CASES)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +111,19 @@ def test_equals_transformers_in_float32(
             check_rows(image.rows, wanted["logits"][span])
             assert np.abs(image.hidden - wanted["hidden"][span].numpy()).max() <= TOLERANCE
             check_factor(image, relation(wanted["hidden"][span], wanted["gram"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CAPTURES)
+def test_an_image_in_one_prefix_is_known_once_and_for_all(case: str, answers: Callable[[str], Any]):
+    """Another question on the same image changes none of its rows, states or factor."""
+    found = {each.key: each.images for each in answers(case)["captured"]}
+    first, second = found["one-0"][0], found["shared"][0]
+    assert (first.rows.token_ids == second.rows.token_ids).all()
+    assert np.abs(first.rows.logprobs - second.rows.logprobs).max() <= TOLERANCE
+    assert np.abs(first.hidden - second.hidden).max() <= TOLERANCE
+    kept = (first.factor @ first.factor.T, second.factor @ second.factor.T)
+    assert np.abs(kept[0] - kept[1]).max() <= 1e-3 * np.abs(kept[0]).max()
 
 
 def check_factor(image: Any, matrix: torch.Tensor) -> None:

@@ -1,0 +1,225 @@
+"""The command: whole, killed, interrupted, continued; bad data and bad settings refused in words."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.cache.reader import CacheReader
+from common.cache.verify import verify
+from common.record import Record, TopK, VisualRecord
+from teacher_dump.cli import main
+from tests import tiny_families
+from tests.teacher_dump.dump_job import IMAGES_EVERY, NUM_SAMPLES, command, work_of, write_data
+from tests.teacher_dump.forked import ROOT, run_cases
+
+CASES = ["whole", "killed", "interrupted", "bad", "full_disk", "without_vllm"]
+
+
+@pytest.fixture(scope="module")
+def work(tiny_dir: Path) -> Path:
+    return work_of(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    tiny_families.build("llava_siglip", tiny_dir)
+    return run_cases("dump_job", tiny_dir, tmp_path_factory.mktemp("answers"), CASES)
+
+
+def assert_same_rows(found: TopK | None, wanted: TopK | None) -> None:
+    assert (found is None) == (wanted is None)
+    if found is not None and wanted is not None:
+        for name in ("positions", "token_ids", "logprobs", "log_tail", "logsumexp"):
+            assert np.array_equal(getattr(found, name), getattr(wanted, name)), name
+
+
+def assert_same_image(found: VisualRecord, wanted: VisualRecord) -> None:
+    assert (found.key, found.image_sha256, found.start, found.tiles) == (
+        wanted.key,
+        wanted.image_sha256,
+        wanted.start,
+        wanted.tiles,
+    )
+    assert_same_rows(found.topk, wanted.topk)
+    assert np.array_equal(found.factor, wanted.factor)  # type: ignore[arg-type]
+
+
+def assert_same(found: Record, wanted: Record) -> None:
+    assert found.sample_id == wanted.sample_id
+    assert np.array_equal(found.token_ids, wanted.token_ids)
+    assert found.spans == wanted.spans
+    assert_same_rows(found.response, wanted.response)
+    for ours, theirs in zip(found.visual, wanted.visual, strict=True):
+        assert_same_image(ours, theirs)
+
+
+@pytest.mark.slow
+def test_a_whole_dump_is_complete_and_sound(answers: Callable[[str], Any], work: Path):
+    status, heard = answers("whole")
+    assert status == 0, heard
+    assert f"on {NUM_SAMPLES} samples" in heard
+    report = verify(str(work / "whole"))
+    assert report.ok, report
+    with CacheReader(str(work / "whole")) as cache:
+        assert cache.complete
+        assert sorted(cache.sample_ids) == [f"s{index:03}" for index in range(NUM_SAMPLES)]
+
+
+@pytest.mark.slow
+def test_image_knowledge_is_kept_once_an_image(answers: Callable[[str], Any], work: Path):
+    answers("whole")
+    with CacheReader(str(work / "whole")) as cache:
+        records = [cache.read_record(name) for name in cache.sample_ids]
+        keys = {visual.key for record in records for visual in record.visual}
+        asked = sum(len(record.visual) for record in records)
+        assert len(keys) == NUM_SAMPLES // IMAGES_EVERY
+        assert asked > 2 * len(keys)
+        # An image's samples stand together, so only an image at the border of two parts is kept twice.
+        assert sum(seal.num_images for seal in cache.seals.values()) <= len(keys) + len(cache.seals)
+
+
+@pytest.mark.slow
+def test_killed_dumps_continue_and_end_with_the_same_values(answers: Callable[[str], Any], work: Path):
+    answer = answers("killed")
+    assert answer["status"] == 0
+    assert 0 < answer["progress"][1] < answer["progress"][2] <= NUM_SAMPLES // 6
+    assert answer["again"][0] == 0
+    assert "(0 dumped now)" in answer["again"][1]
+    assert verify(str(work / "killed")).ok
+    with CacheReader(str(work / "killed")) as found, CacheReader(str(work / "whole")) as wanted:
+        assert list(found.sample_ids) == list(wanted.sample_ids)
+        for name in wanted.sample_ids:
+            assert_same(found.read_record(name), wanted.read_record(name))
+
+
+@pytest.mark.slow
+def test_an_interrupt_keeps_whole_parts_and_says_how_to_go_on(answers: Callable[[str], Any], work: Path):
+    answer = answers("interrupted")
+    assert answer["status"] == 130
+    assert "give the same command again to go on" in answer["said"]
+    assert answer["sealed"] >= 1
+    report = verify(str(work / "interrupted"))
+    assert not report.bad_parts
+    with CacheReader(str(work / "interrupted")) as found, CacheReader(str(work / "whole")) as wanted:
+        for name in found.sample_ids:
+            assert_same(found.read_record(name), wanted.read_record(name))
+
+
+@pytest.mark.slow
+def test_bad_samples_are_quarantined_with_their_reason(answers: Callable[[str], Any], work: Path):
+    answer = answers("bad")
+    assert answer["generous"][0] == 0, answer["generous"][1]
+    assert "8 samples quarantined" in answer["generous"][1]
+    reasons = {line["sample_id"]: line["reason"] for line in answer["lines"]}
+    assert {name: reasons[name] for name in sorted(reasons)} == {
+        "s000": "image-missing",
+        "s001": "image-unreadable",
+        "s002": "image-unreadable",
+        "s003": "image-unreadable",
+        "s004": "image-marks",
+        "s005": "image-marks",
+        "s006": "empty-response",
+        "s008": "too-long",
+    }
+    assert all(line["detail"] for line in answer["lines"])
+    with CacheReader(str(work / "badly")) as cache:
+        assert len(cache.sample_ids) == NUM_SAMPLES - 8
+        record = cache.read_record("s009")
+    with CacheReader(str(work / "whole")) as cache:
+        wanted = cache.read_record("s009")
+    np.testing.assert_allclose(record.response.logsumexp, wanted.response.logsumexp, atol=0.02)
+
+
+@pytest.mark.slow
+def test_too_many_bad_samples_stop_the_dump(answers: Callable[[str], Any]):
+    status, heard = answers("bad")["strict"]
+    assert status == 2
+    assert "cannot be used, --max-quarantine allows a share of 0.05" in heard
+    assert "image-missing" in heard
+
+
+@pytest.mark.slow
+def test_a_disk_that_refuses_seals_nothing(answers: Callable[[str], Any]):
+    answer = answers("full_disk")
+    status, heard = answer["refused"]
+    assert status == 2
+    assert "mend the disk and run the same command again" in heard
+    assert answer["sealed"] == 0
+
+
+@pytest.mark.slow
+def test_another_identity_is_refused_field_by_field(
+    answers: Callable[[str], Any], work: Path, tiny_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    answers("whole")
+    other = command(tiny_dir, work / "data" / "train.json", work / "whole", "--topk", "8")
+    assert main(other) == 2
+    heard = capsys.readouterr().err
+    assert "topk" in heard
+    assert "another --out" in heard
+
+
+@pytest.fixture
+def arguments(tiny_family: Callable[[str], Path], tmp_path: Path) -> list[str]:
+    models = tiny_family("llava_siglip").parent
+    return command(models, write_data(tmp_path / "data"), tmp_path / "out")
+
+
+REFUSED = [
+    (["--topk", "1025"], "--topk is 1025, the head of .* has 1024 rows"),
+    (["--visual-topk", "5000"], "--visual-topk is 5000"),
+    (["--model", "17b"], "unknown model '17b'"),
+    (["--model", "."], "no config.json"),
+    (["--data", "nowhere.json"], "nowhere.json does not exist"),
+    (["--engine-arg", "nonsense"], "key=value"),
+    (["--engine-arg", "model=other"], "set by the dump itself"),
+    (["--temperature", "-1"], "positive"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), REFUSED)
+def test_bad_settings_are_refused_in_words(
+    flags: list[str], words: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert main([*arguments, *flags]) == 2
+    with pytest.raises(AssertionError, match=words):
+        assert not capsys.readouterr().err
+
+
+def test_dry_run_counts_without_loading_anything(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main([*arguments, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["samples"] == NUM_SAMPLES
+    assert plan["images"] == NUM_SAMPLES // IMAGES_EVERY
+    assert plan["parts"] == NUM_SAMPLES // 6
+    assert plan["size_bytes"] > 10_000
+    assert plan["positions"] > 40 * NUM_SAMPLES
+    assert "vllm" not in sys.modules
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "samples with" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_vllm_missing_says_how_to_install(answers: Callable[[str], Any]):
+    status, heard = answers("without_vllm")
+    assert status == 2
+    assert "pip install 'cascache[teacher]'" in heard
+    assert "cascache[teacher-cpu]" in heard
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("torch", "vllm", "transformers", "zarr", "datasets", "PIL", "numpy")
+    code = (
+        "import sys\nfrom teacher_dump.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        f"print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "[]"
+    assert "--topk" in done.stdout
+    assert "Tokens kept per response position." in done.stdout
