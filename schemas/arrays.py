@@ -38,8 +38,7 @@ NO_VALUE: Final = -(2**31)
 """The entry of `scalar_steps` that stands for −inf."""
 
 IdScope = Literal["owner", "block", "plain"]
-"""Whose dictionary the codes index: one for each sample (response rows) or image (visual rows), one a block, or
-none."""
+"""Whose dictionary the codes index: one a sample (response) or image (visual), one a block, or none."""
 
 ROW_TABLES: Final = ("response", "visual")
 """The two tables of rows; both hold the arrays of `ROW_ARRAYS` under their own prefix."""

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.cache.codec import IdCoding
+from common.cache.shard import AGAIN
 from common.cache.states import decode_factor, decode_hidden
 from common.cache.tables import Rows, decode_rows
 from common.errors import PartCorrupt
@@ -73,7 +74,7 @@ class Block:
             "image_tiles": images["num_tiles"],
             "image_keys": np.full(len(rank), KEY_BYTES + SHA_BYTES),
             "image_errors": np.ones(len(rank), np.int64),
-            "image_factor": np.where(images["rank"] >= 0, images["num_positions"], 0),
+            "image_factor": np.where(images["rank"] > 0, images["num_positions"], 0),
             "image_factor_scale": rank,
             "image_hidden": np.where(images["hidden_width"] >= 0, images["num_positions"], 0),
         }
@@ -85,14 +86,12 @@ class Block:
             held = columns[name].shape[-1] if name in columns else 0
             if (counts < 0).any() or ends[-1] != held:
                 raise PartCorrupt(
-                    f"{self.where}: {name} holds {held} values, its counts say {ends[-1]}; dump the part again"
+                    f"{self.where}: {name} holds {held} values, its counts say {ends[-1]}; {AGAIN}"
                 )
             offsets[name] = ends
         uses = columns.get("sample_images", np.empty(0, np.int32))
         if len(uses) and not 0 <= uses.min() <= uses.max() < max(len(rank), 1):
-            raise PartCorrupt(
-                f"{self.where}: a sample names an image that the block lacks; dump the part again"
-            )
+            raise PartCorrupt(f"{self.where}: a sample names an image that the block lacks; {AGAIN}")
         return offsets
 
     def _rows(self, table: str, owners: NDArray[np.int32]) -> Rows | None:
@@ -104,9 +103,7 @@ class Block:
         try:
             return decode_rows(columns, self._codings[table], self._manifest, np.maximum(owners, 0).tolist())
         except (IndexError, ValueError, KeyError) as error:
-            raise PartCorrupt(
-                f"{self.where}: {table} rows do not decode ({error}); dump the part again"
-            ) from error
+            raise PartCorrupt(f"{self.where}: {table} rows do not decode ({error}); {AGAIN}") from error
 
     def sample_id(self, index: int) -> str:
         """Id of the block's `index`-th sample."""
@@ -124,7 +121,7 @@ class Block:
         try:
             return bytes(self._columns["sample_text"][start:stop]).decode()
         except UnicodeDecodeError as error:
-            raise PartCorrupt(f"{self.where}: a sample id is not UTF-8; dump the part again") from error
+            raise PartCorrupt(f"{self.where}: a sample id is not UTF-8; {AGAIN}") from error
 
     def _slice(self, name: str, index: int) -> slice:
         ends = self._offsets[name]
@@ -212,7 +209,7 @@ class Block:
 def _named(table: Array, names: tuple[str, ...], where: str) -> dict[str, NDArray[np.int32]]:
     if table.ndim != 2 or len(table) != len(names):
         raise PartCorrupt(
-            f"{where}: a column table has shape {table.shape}, wanted {len(names)} rows; dump the part again"
+            f"{where}: a column table has shape {table.shape}, wanted {len(names)} rows; {AGAIN}"
         )
     return dict(zip(names, table, strict=True))
 

@@ -44,7 +44,7 @@ class IdCoding:
     scope: IdScope
     """Whose dictionary."""
     ranked: bool
-    """Whether dictionaries hold ranks of the part's `ids_by_rank` (and plain codes are such ranks), or ids."""
+    """Whether dictionaries hold ranks of the part's `ids_by_rank` (plain codes: such ranks), or ids."""
     ties: bool
     """Whether ids on one step are stored as differences."""
 
@@ -120,9 +120,16 @@ def decode_ids(codes: Array, dictionary: Array, sizes: Array, owners: Sequence[i
     row = entry = 0
     for count, size in zip(owners, sizes.tolist(), strict=True):
         if count:
-            out[:, row : row + count] = dictionary[entry : entry + size].take(codes[:, row : row + count])
+            out[:, row : row + count] = look_up(dictionary[entry : entry + size], codes[:, row : row + count])
         row, entry = row + count, entry + size
     return out
+
+
+def look_up(dictionary: Array, codes: Array) -> Array:
+    """Entries by code; rows that keep nothing have no dictionary, and id 0."""
+    if not len(dictionary) and not codes.any():
+        return np.zeros(codes.shape, np.int32)
+    return dictionary.take(codes)
 
 
 def order_ties(steps: NDArray[np.int64], codes: Array, used: NDArray[np.bool_]) -> tuple[Array, Array]:

@@ -169,7 +169,7 @@ def _pack_images(images: Sequence[VisualRecord], manifest: Manifest, errors: dic
 
 def _pack_factors(images: Sequence[VisualRecord], tolerance: float, errors: dict[str, float]) -> Columns:
     """Columns of all images side by side: [R, P of all images], narrower factors filled with zeros."""
-    held = [v for v in images if v.factor is not None]
+    held = [v for v in images if v.factor is not None and v.factor.shape[1]]
     if not held:
         return {}
     cells, scales = [], []

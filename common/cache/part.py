@@ -75,7 +75,7 @@ def _all_kept(blocks: Sequence[Mapping[str, Array]], name: str) -> bool:
 def _write_array(
     directory: Path, spec: ArraySpec, pieces: Sequence[Array | None], profile: str
 ) -> dict[str, object]:
-    """Write one array; returns what its metadata cannot say: used `lengths`, and `ranks` of the axis before."""
+    """Write one array; returns what Zarr does not say: used `lengths`, and `ranks` of the axis before."""
     held = [piece for piece in pieces if piece is not None]
     dtype = _narrowest(held, spec)
     ranks = max(len(piece) for piece in held) if len(spec.axes) == 2 else None
@@ -96,7 +96,7 @@ def _flatten(piece: Array | None, ranks: int | None, dtype: np.dtype[Any]) -> Ar
 
 
 def _page(spec: ArraySpec, length: int) -> int:
-    """Values that share an entropy table: few ranks where they differ, many where a table would cost too much."""
+    """Values that share an entropy table: few ranks where they differ, else many."""
     if len(spec.axes) == 1:
         return PAGE_VALUES
     return max(1, PAGES.get(spec.name, PAGE_VALUES) // max(1, length)) * max(1, length)
@@ -112,9 +112,9 @@ def write_shard(directory: Path, pieces: Sequence[Array], page: Sequence[int], c
 
 
 def _narrowest(pieces: Sequence[Array], spec: ArraySpec) -> np.dtype[Any]:
-    """The widest type that the encoder chose for a block; where it left the choice open, the first that fits."""
+    """The widest type the encoder chose for a block; where it left that open, the first that fits."""
     widest = max((piece.dtype for piece in pieces), key=lambda dtype: dtype.itemsize)
-    if widest.name in spec.dtypes and len(spec.dtypes) > 1 or len(spec.dtypes) == 1:
+    if (widest.name in spec.dtypes and len(spec.dtypes) > 1) or len(spec.dtypes) == 1:
         return widest if widest.name in spec.dtypes else np.dtype(spec.dtypes[0])
     bounds = np.array([(int(p.min(initial=0)), int(p.max(initial=0))) for p in pieces])
     return codec.smallest(bounds, spec.dtypes).dtype

@@ -19,6 +19,7 @@ from common.cache import layout
 from common.cache.block import Block
 from common.cache.index import Index, Names, decode_names, join, read_index
 from common.cache.part import PartReader
+from common.cache.shard import AGAIN
 from common.cache.writer import read_manifest, read_seal, sealed_parts
 from common.errors import CacheError, MismatchError, PartCorrupt
 from common.record import Record
@@ -58,7 +59,7 @@ def _scan_part(root: Path, manifest: Manifest, part: int) -> Index:
         reader.close()
     if sum(counts) != seal.num_records:
         raise PartCorrupt(
-            f"part {part} of {root} holds {sum(counts)} records, its seal says {seal.num_records}; dump it again"
+            f"part {part} of {root} holds {sum(counts)} records, its seal says {seal.num_records}; {AGAIN}"
         )
     blocks = np.array([[part] * len(counts), range(len(counts)), counts], np.int32).reshape(3, -1)
     empty = Names(np.zeros(0, np.uint8), np.zeros((2, 0), np.int32))

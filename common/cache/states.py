@@ -2,7 +2,7 @@
 
     factor     column j in steps of c / ‖a_j‖: the columns that carry the relation get the fine steps
                worst error: step / 2 a cell; relative error of A Aᵀ: measured, at most the tolerance given
-    hidden     float32: 0 · bfloat16: 2⁻⁸ relative, 0 if the engine computed in it · int8: peak / 254 a position
+    hidden     float32: 0 · bfloat16: 2⁻⁸ relative, 0 if the engine used it · int8: peak / 254
 
 Why c / ‖a_j‖: R = Σ a_j a_jᵀ moves by about 2 ‖a_j‖ ‖δa_j‖ for a column, so equal harm to R means steps that
 shrink as columns grow. Small columns need two or three bits a cell, the smallest none.

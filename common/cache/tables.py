@@ -256,7 +256,7 @@ def _decode_ids(
     codes = columns["codes"]
     if coding.scope == "plain":
         if coding.ranked:
-            return _checked_ids(columns["ids_by_rank"], vocab).take(codes)
+            return codec.look_up(_checked_ids(columns["ids_by_rank"], vocab), codes)
         return _checked_ids(codes, vocab).astype(np.int32)
     dictionary = columns.get("dictionary", np.empty(0, np.int32))
     sizes = columns.get("dictionary_sizes", np.zeros(len(owners), np.int32))

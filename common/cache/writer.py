@@ -135,7 +135,7 @@ class CacheWriter:
         if lines:
             listing = "\n  ".join(lines)
             raise MismatchError(
-                f"{root} was dumped with other settings:\n  {listing}\ngive the same settings, or another --out"
+                f"{root} was dumped with other settings:\n  {listing}\nuse the same, or another --out"
             )
         return cls(root, found, block_rows=block_rows)
 
@@ -198,7 +198,7 @@ class CacheWriter:
             if isinstance(error, CacheError):
                 raise
             raise CacheError(
-                f"part {part} cannot be written to {self.root} ({error}); mend the disk and run the same command again"
+                f"part {part} cannot be written to {self.root} ({error}); mend the disk, then run it again"
             ) from error
         finally:
             shutil.rmtree(working, ignore_errors=True)
@@ -210,7 +210,7 @@ class CacheWriter:
             )
         if len(records) + num_missing != num_samples:
             raise DataError(
-                f"part {part}: {len(records)} records and {num_missing} quarantined samples do not make {num_samples}",
+                f"part {part}: {len(records)} records and {num_missing} quarantined are not {num_samples}",
                 reason="plan",
             )
         if len({r.sample_id for r in records}) != len(records):
@@ -240,7 +240,7 @@ class CacheWriter:
         missing = sorted(set(range(self.manifest.num_parts)) - self.sealed)
         if missing:
             raise PartMissing(
-                f"{self.root} lacks {len(missing)} of {self.manifest.num_parts} parts (first: {missing[:8]}); "
+                f"{self.root} lacks {len(missing)} of {self.manifest.num_parts} parts ({missing[:6]} ...); "
                 f"run the same teacher-dump command to dump them"
             )
         from common.cache.index import write_index
