@@ -53,22 +53,29 @@ class Example:
     """Its index in the cache."""
 
 
-def collate(
-    examples: Sequence[Example],
-    layout: InputLayout,
-    terms: Collection[Term],
-    *,
-    visual_positions: int | None = None,
-    seed: int = 0,
-) -> Batch:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which targets a batch carries."""
+
+    terms: Collection[Term]
+    """Terms whose targets are wanted."""
+    visual_positions: int | None = None
+    """Random subset of each image's cached rows to use; None means all."""
+    seed: int = 0
+    """Seed of that subset."""
+    temperature: float = 1.0
+    """Temperature of the distributions."""
+    column: int = 0
+    """Which of the cached normalisers is of that temperature."""
+
+
+def collate(examples: Sequence[Example], layout: InputLayout, wanted: Wanted) -> Batch:
     """Make a batch.
 
     Args:
         examples: The samples, B of them.
         layout: The student's ids.
-        terms: Terms whose targets are wanted.
-        visual_positions: Random subset of each image's cached rows to use; None means all.
-        seed: Seed of that subset.
+        wanted: Which targets to include.
 
     Raises:
         MismatchError: A record's image positions do not hold the student's image token.
@@ -76,7 +83,8 @@ def collate(
     records = [example.record for example in examples]
     length = max(len(record.token_ids) for record in records)
     positions = [_response_positions(record) for record in records]
-    kept = _kept_visual(examples, visual_positions, seed) if "visual_kl" in terms else []
+    kept = _kept_visual(examples, wanted) if "visual_kl" in wanted.terms else []
+    responses = [each.response for each in records] if "response_kl" in wanted.terms else []
     return Batch(
         inputs=_inputs(examples, layout, length),
         sample_ids=tuple(record.sample_id for record in records),
@@ -86,12 +94,10 @@ def collate(
         response_labels=torch.from_numpy(
             _concatenate([each.token_ids[here + 1] for each, here in zip(records, positions, strict=True)])
         ),
-        response_targets=to_targets([each.response for each in records], layout.vocab_size)
-        if "response_kl" in terms
-        else None,
+        response_targets=to_targets(responses, layout.vocab_size, wanted) if responses else None,
         visual_rows=torch.from_numpy(_concatenate([topk.positions + at * length for at, topk in kept])),
-        visual_targets=to_targets([topk for _, topk in kept], layout.vocab_size) if kept else None,
-        relations=_relations(records, length) if "relation" in terms else (),
+        visual_targets=to_targets([topk for _, topk in kept], layout.vocab_size, wanted) if kept else None,
+        relations=_relations(records, length) if "relation" in wanted.terms else (),
         num_tokens=sum(len(record.token_ids) for record in records),
     )
 
@@ -127,23 +133,22 @@ def _response_positions(record: Record) -> NDArray[np.int32]:
     return record.response.positions if len(record.response.positions) else response_rows(record.spans)
 
 
-def _kept_visual(
-    examples: Sequence[Example], visual_positions: int | None, seed: int
-) -> list[tuple[int, TopK]]:
+def _kept_visual(examples: Sequence[Example], wanted: Wanted) -> list[tuple[int, TopK]]:
     """Rows of the batch and the image distributions there, thinned where the stage says so."""
     return [
-        (at, _thin(image.topk, visual_positions, seed, example, number))
+        (at, _thin(image.topk, wanted, example, number))
         for at, example in enumerate(examples)
         for number, image in enumerate(example.record.visual)
         if image.topk is not None and len(image.topk.positions)
     ]
 
 
-def _thin(topk: TopK, keep: int | None, seed: int, example: Example, image: int) -> TopK:
+def _thin(topk: TopK, wanted: Wanted, example: Example, image: int) -> TopK:
+    keep = wanted.visual_positions
     if keep is None or keep >= len(topk.positions):
         return topk
     chosen = choose_positions(
-        len(topk.positions), keep, seed=seed, epoch=example.epoch, sample=example.index, image=image
+        len(topk.positions), keep, seed=wanted.seed, epoch=example.epoch, sample=example.index, image=image
     )
     return TopK(
         positions=topk.positions[chosen],
@@ -155,16 +160,17 @@ def _thin(topk: TopK, keep: int | None, seed: int, example: Example, image: int)
     )
 
 
-def to_targets(distributions: Sequence[TopK], vocab_size: int) -> SparseTargets:
+def to_targets(distributions: Sequence[TopK], vocab_size: int, wanted: Wanted) -> SparseTargets:
     """Put several records' distributions behind one another as tensors.
 
     Args:
         distributions: Each [N_i, K_i]; where K differs, the narrower ones get unused slots.
         vocab_size: Real tokens. Ids at and above it pad the teacher's head; the teacher is
             conditioned on the others.
+        wanted: Its temperature.
 
     Returns:
-        [N, K] targets at temperature 1.
+        [N, K] targets at that temperature.
     """
     width = max(topk.token_ids.shape[1] for topk in distributions)
     num = sum(len(topk.positions) for topk in distributions)
@@ -175,10 +181,21 @@ def to_targets(distributions: Sequence[TopK], vocab_size: int) -> SparseTargets:
     for topk in distributions:
         here = slice(at, at := at + len(topk.positions))
         token_ids[here, : topk.token_ids.shape[1]] = topk.token_ids
-        logprobs[here, : topk.logprobs.shape[1]] = topk.logprobs
-        log_tail[here] = topk.log_tail[:, 0]
+        logprobs[here, : topk.logprobs.shape[1]] = _at_temperature(topk, wanted)
+        log_tail[here] = topk.log_tail[:, wanted.column]
     _drop_padding(token_ids, logprobs, log_tail, vocab_size)
     return SparseTargets(*(torch.from_numpy(array) for array in (token_ids, logprobs, log_tail)))
+
+
+def _at_temperature(topk: TopK, wanted: Wanted) -> NDArray[np.float32]:
+    """[N, K] log-probs of logits / temperature, through the normaliser cached for it."""
+    if wanted.temperature == 1.0:
+        return topk.logprobs
+    logits = topk.logprobs + topk.logsumexp[:, :1]
+    scaled: NDArray[np.float32] = (
+        logits / np.float32(wanted.temperature) - topk.logsumexp[:, wanted.column, None]
+    )
+    return scaled
 
 
 def _drop_padding(

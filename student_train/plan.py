@@ -18,6 +18,7 @@ from common.data.source import SampleSource, open_source
 from common.errors import ConfigError, MismatchError
 from common.models import ModelRef, resolve_model, smallest_of_family
 from schemas.manifest import Manifest
+from student_train.collate import Wanted
 from student_train.config import TrainConfig
 from student_train.losses.terms import TERMS, Term
 from student_train.model import StudentShape, read_shape
@@ -56,6 +57,8 @@ class PlannedStage:
     """Which samples each step sees."""
     num_steps: int
     """Optimiser steps."""
+    wanted: Wanted
+    """Which targets its batches carry."""
 
     @property
     def name(self) -> str:
@@ -263,5 +266,38 @@ def plan_stages(config: TrainConfig, levels: Sequence[Level], recipe: Recipe) ->
                 window_blocks=config.shuffle_blocks,
                 where=level.path,
             )
-            planned.append(PlannedStage(number, place, stage, sampler, stage.num_steps(sampler.num_samples)))
+            steps, wanted = stage.num_steps(sampler.num_samples), wanted_targets(level, stage, sampler.seed)
+            planned.append(PlannedStage(number, place, stage, sampler, steps, wanted))
     return tuple(planned)
+
+
+def wanted_targets(level: Level, stage: Stage, seed: int) -> Wanted:
+    """Say which targets a stage needs from its cache.
+
+    Args:
+        level: The cache.
+        stage: Terms, thinning and temperature.
+        seed: The stage's seed.
+
+    Raises:
+        ConfigError: The cache holds no normaliser for the temperature, or ids chosen otherwise than by
+            rank.
+    """
+    capture, divergence = level.manifest.capture, stage.divergence
+    if divergence.temperature not in capture.temperatures:
+        raise ConfigError(
+            f"stage {stage.name!r} wants temperature {divergence.temperature:g}, {level.path} holds "
+            f"normalisers for {', '.join(f'{each:g}' for each in capture.temperatures)}; choose one of them, "
+            f"or dump again with --temperature {divergence.temperature:g}"
+        )
+    if capture.sampling != "topk":
+        raise ConfigError(
+            f"{level.path} keeps ids by {capture.sampling!r}; students train from caches of the top-k ids"
+        )
+    return Wanted(
+        terms=frozenset(stage.terms),
+        visual_positions=stage.visual_positions_per_image,
+        seed=seed,
+        temperature=divergence.temperature,
+        column=capture.temperatures.index(divergence.temperature),
+    )

@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from common.errors import ConfigError
 from common.record import Record
 from student_train.batch import Batch
-from student_train.collate import Example, InputLayout, collate
+from student_train.collate import Example, InputLayout, Wanted, collate
 from student_train.pixels import PixelLoader
 from student_train.recent import Recent
-from student_train.recipe import Stage
 from student_train.sampling import Described, Sampler
 
 
@@ -107,8 +106,8 @@ class Stream:
         records: RecordSource,
         pixels: PixelLoader | None,
         sampler: Sampler,
-        stage: Stage,
         layout: InputLayout,
+        wanted: Wanted,
         *,
         share: Share,
         workers: int,
@@ -121,8 +120,8 @@ class Stream:
             records: The cache.
             pixels: The data's images; None for a text-only cache.
             sampler: Which samples a step sees.
-            stage: Terms and thinning.
             layout: The student's ids.
+            wanted: Which targets the stage's terms need.
             share: This process's part.
             workers: Threads that read ahead.
             prefetch: Steps they read ahead.
@@ -131,8 +130,8 @@ class Stream:
         self._records = records
         self._pixels = pixels
         self._sampler = sampler
-        self._stage = stage
         self._layout = layout
+        self._wanted = wanted
         self._share = share
         self._workers = workers
         self._prefetch = prefetch
@@ -166,13 +165,7 @@ class Stream:
 
     def _collate(self, part: NDArray[np.int64]) -> Batch:
         examples = [self._example(int(epoch), int(index)) for epoch, index in part]
-        return collate(
-            examples,
-            self._layout,
-            self._stage.terms,
-            visual_positions=self._stage.visual_positions_per_image,
-            seed=self._sampler.seed,
-        )
+        return collate(examples, self._layout, self._wanted)
 
     def _example(self, epoch: int, index: int) -> Example:
         record = self._records.record(index)

@@ -91,3 +91,12 @@ def test_identity_is_json_and_sees_what_matters(config):
         assert make_plan(config.model_copy(update=change)).identity() != plan.identity()
     for change in ({"out": "elsewhere"}, {"log_steps": 7}, {"workers": 1}, {"micro_batch": 2}):
         assert make_plan(config.model_copy(update=change)).identity() == plan.identity()
+
+
+def test_a_temperature_without_a_normaliser_is_refused(config, tmp_path):
+    path = tmp_path / "warm.toml"
+    path.write_text(
+        'base = "tiny"\n[[levels]]\nstages = [{name = "dft", steps = 1, divergence = {temperature = 2}}]'
+    )
+    with pytest.raises(ConfigError, match=r"wants temperature 2, .* holds normalisers for 1;"):
+        make_plan(config.model_copy(update={"recipe": str(path)}))

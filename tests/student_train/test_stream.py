@@ -7,6 +7,8 @@ from common.cache.reader import CacheReader
 from common.chat import load_processor
 from common.data.source import open_source
 from common.errors import ConfigError
+from student_train.collate import Wanted
+from student_train.losses.terms import TERMS
 from student_train.pixels import PixelLoader
 from student_train.recipe import STAGES
 from student_train.sampling import Sampler
@@ -24,15 +26,15 @@ def make(cache, shapes):
     layout = input_layout(processor, 3, token_types=False, vocab_size=reader.manifest.vocab_size)
 
     def build(share=None, *, batch_size=6, visual=None, first_only=False):
-        changes = {"batch_size": batch_size, "kinds": (), "visual_positions_per_image": visual}
+        changes = {"batch_size": batch_size, "kinds": ()}
         stage = STAGES["tiny"]["dft"].model_copy(update=changes)
         sampler = Sampler(reader, stage, seed=4, window_blocks=2, where="l1")
         return Stream(
             RecordSource(reader, keep_blocks=4),
             pixels,
             sampler,
-            stage,
             layout,
+            Wanted(TERMS, visual_positions=visual, seed=sampler.seed),
             share=share or Share(),
             workers=2,
             prefetch=3,
