@@ -118,6 +118,15 @@ class CacheReader:
         return self._names[1]
 
     @cached_property
+    def num_tokens(self) -> NDArray[np.int32]:
+        """[S] length of every record's sequence, read from the sample tables alone."""
+        lengths = [
+            self._part(part).read_columns(local, ("sample_columns",))["sample_columns"][0]
+            for part, local, _ in self._index.blocks.T.tolist()
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *lengths])
+
+    @cached_property
     def _index_of(self) -> dict[str, int]:
         return {sample_id: i for i, sample_id in enumerate(self.sample_ids)}
 
