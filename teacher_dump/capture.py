@@ -14,6 +14,10 @@ Every rank of a tensor-parallel group walks the same chunks, because `compute_lo
 rank that writes is the first one of the last pipeline stage.
 """
 
+import ctypes
+import multiprocessing
+import signal
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,6 +42,8 @@ from teacher_dump.request import (
 from teacher_dump.seams import Slice, attach, find_head, mend_pipeline
 
 Rows = NDArray[np.int64]
+
+_PR_SET_PDEATHSIG = 1
 
 
 class RowBuffer:
@@ -105,6 +111,7 @@ class CaptureExtension:
 
     def cascache_install(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Hook the model runner. Returns who this worker is, or `{"problem": …}`."""
+        _die_with_parent()
         runner = self.model_runner  # type: ignore[attr-defined]
         stage, group = get_pp_group(), get_tp_group()
         writer = stage.is_last_rank and group.rank_in_group == 0
@@ -295,6 +302,12 @@ def _rows(buffer: RowBuffer, part: slice) -> CapturedRows | None:
 
 def _concatenate(rows: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
     return np.concatenate([np.empty(0, np.int32), *rows])
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end a worker whose driver was killed; a driver that is its own worker is left alone."""
+    if sys.platform == "linux" and multiprocessing.parent_process() is not None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _to(rows: Rows, device: torch.device) -> Tensor:

@@ -193,9 +193,9 @@ class Engine:
 
     def _arguments(self) -> dict[str, Any]:
         settings = self.settings
-        single = settings.tensor_parallel * settings.pipeline_parallel == 1
-        inside = settings.inside if settings.inside is not None else single and _on_cpu()
-        _set_environment(inside=inside, tensor_parallel=settings.tensor_parallel)
+        num_workers = settings.tensor_parallel * settings.pipeline_parallel
+        inside = settings.inside if settings.inside is not None else num_workers == 1 and _on_cpu()
+        _set_environment(inside=inside, num_workers=num_workers)
         batched = settings.max_num_batched_tokens or max(4096 if _on_cpu() else 16384, settings.max_len + 1)
         return {
             "model": settings.model,
@@ -254,17 +254,17 @@ def _on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def _set_environment(*, inside: bool, tensor_parallel: int) -> None:
+def _set_environment(*, inside: bool, num_workers: int) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if inside else "1"
     if not _on_cpu():
         return
     for name, value in _CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if tensor_parallel > 1:
+    if num_workers > 1:
         cores = sorted(os.sched_getaffinity(0))
-        share = max(1, len(cores) // tensor_parallel)
-        groups = [cores[rank * share % len(cores)] for rank in range(tensor_parallel)]
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(core) for core in groups))
+        share = max(1, len(cores) // num_workers)
+        bound = [str(cores[rank * share % len(cores)]) for rank in range(num_workers)]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound))
 
 
 def _differ(found: "np.ndarray[Any, Any]", prompt: Prompt) -> str:
