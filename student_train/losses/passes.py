@@ -126,11 +126,13 @@ class ByVocabulary(torch.autograd.Function):
         dtype = job.unit.dtype
         ctx.job, ctx.walks = job, []
         ce, kl = hidden.new_empty(2, hidden.shape[0], dtype=dtype).unbind()
+        room = _room(hidden, job)
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in _slices(hidden.shape[0], job.walk.rows):
                 walk = RowWalk(slice_rows(job.targets, rows), dtype)
                 for columns in _blocks(job):
-                    walk.absorb(_logits(hidden[rows], weight, bias, columns, job), columns.start)
+                    logits = _logits(hidden[rows], weight, bias, columns, job, room)
+                    walk.absorb(logits, columns.start)
                 ce[rows], kl[rows] = walk.finish(job.divergence, any(job.wants))
                 ctx.walks.append((rows, walk))
         ctx.save_for_backward(hidden, weight, bias)
@@ -145,10 +147,11 @@ class ByVocabulary(torch.autograd.Function):
         job = ctx.job
         dtype = weight.dtype if len(ctx.walks) == 1 else job.unit.dtype
         to_hidden, to_weight, to_bias = _empty_gradients(hidden, weight, bias, job, weight_dtype=dtype)
+        room = _room(hidden, job)
         with torch.autocast(hidden.device.type, enabled=False):
             for columns in _blocks(job):
                 for rows, walk in ctx.walks:
-                    pull = _logits(hidden[rows], weight, bias, columns, job)
+                    pull = _logits(hidden[rows], weight, bias, columns, job, room)
                     walk.reweigh(pull, columns.start)
                     walk.gradient(pull, columns.start, job.scale)
                     _pull_back(
@@ -166,12 +169,12 @@ def _walk_rows(
     dtype, everything = job.unit.dtype, slice(0, job.vocab_size)
     gradients = _empty_gradients(hidden, weight, bias, job, weight_dtype=dtype)
     ce, kl = hidden.new_empty(2, hidden.shape[0], dtype=dtype).unbind()
-    room = hidden.new_empty(min(job.walk.rows, hidden.shape[0]), job.vocab_size, dtype=dtype)
+    room = _room(hidden, job)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _slices(hidden.shape[0], job.walk.rows):
             states = hidden[rows]
             walk = RowWalk(slice_rows(job.targets, rows), dtype)
-            pull = _logits(states, weight, bias, everything, job, room[: states.shape[0]])
+            pull = _logits(states, weight, bias, everything, job, room)
             walk.absorb(pull, 0)
             ce[rows], kl[rows] = walk.finish(job.divergence, any(job.wants))
             if any(job.wants):
@@ -180,23 +183,29 @@ def _walk_rows(
     return ce, kl, gradients
 
 
+def _room(hidden: Tensor, job: Job) -> Float[Tensor, " room"]:
+    rows = min(job.walk.rows, hidden.shape[0])
+    columns = min(job.walk.columns or job.vocab_size, job.vocab_size)
+    return hidden.new_empty(rows * columns, dtype=job.unit.dtype)
+
+
 def _logits(
     states: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     columns: slice,
     job: Job,
-    room: Tensor | None = None,
+    room: Float[Tensor, " room"],
 ) -> Float[Tensor, "n v"]:
+    """Write the logits of a block into the room, in float32."""
     weight, bias = weight[columns], None if bias is None else bias[columns]
-    dtype = job.unit.dtype
-    if room is None or dtype != weight.dtype:
-        narrow = F.linear(states, weight, bias)
-        logits = narrow.to(dtype) if room is None else room.copy_(narrow)
+    logits = room[: states.shape[0] * weight.shape[0]].view(states.shape[0], weight.shape[0])
+    if logits.dtype != weight.dtype:
+        logits.copy_(F.linear(states, weight, bias))
     elif bias is None:
-        logits = torch.mm(states, weight.t(), out=room)
+        torch.mm(states, weight.t(), out=logits)
     else:
-        logits = torch.addmm(bias, states, weight.t(), out=room)
+        torch.addmm(bias, states, weight.t(), out=logits)
     return logits.mul_(job.scale) if job.scale != 1.0 else logits
 
 
