@@ -14,10 +14,11 @@ Every rank of a tensor-parallel group walks the same chunks, because `compute_lo
 rank that writes is the first one of the last pipeline stage.
 """
 
-import ctypes
-import multiprocessing
+import os
+import platform
+import select
 import signal
-import sys
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -42,8 +43,6 @@ from teacher_dump.request import (
 from teacher_dump.seams import Slice, attach, find_head, mend_pipeline
 
 Rows = NDArray[np.int64]
-
-_PR_SET_PDEATHSIG = 1
 
 
 class RowBuffer:
@@ -109,9 +108,15 @@ class Tracked:
 class CaptureExtension:
     """Mixed into the vLLM worker; its methods are called by name through `collective_rpc`."""
 
-    def cascache_install(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Hook the model runner. Returns who this worker is, or `{"problem": …}`."""
-        _die_with_parent()
+    def cascache_install(self, settings: dict[str, Any], driver: int, host: str) -> dict[str, Any]:
+        """Hook the model runner. Returns who this worker is, or `{"problem": …}`.
+
+        Args:
+            settings: Fields of `CaptureSettings`.
+            driver: Process that asked; the worker ends with it.
+            host: Machine that `driver` runs on.
+        """
+        _die_with(driver, host)
         runner = self.model_runner  # type: ignore[attr-defined]
         stage, group = get_pp_group(), get_tp_group()
         writer = stage.is_last_rank and group.rank_in_group == 0
@@ -304,10 +309,19 @@ def _concatenate(rows: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
     return np.concatenate([np.empty(0, np.int32), *rows])
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end a worker whose driver was killed; a driver that is its own worker is left alone."""
-    if sys.platform == "linux" and multiprocessing.parent_process() is not None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _die_with(driver: int, host: str) -> None:
+    """End this worker and its engine process when the driver is gone: a killed dump leaves nothing behind."""
+    if driver == os.getpid() or host != platform.node() or not hasattr(os, "pidfd_open"):
+        return
+    alive, engine = os.pidfd_open(driver), os.getppid()
+
+    def watch() -> None:
+        select.select([alive], [], [])
+        if engine != driver and os.getppid() == engine:
+            os.kill(engine, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="cascache-watch", daemon=True).start()
 
 
 def _to(rows: Rows, device: torch.device) -> Tensor:

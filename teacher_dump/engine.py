@@ -13,6 +13,7 @@ a sample whose images are not the ones that its prompt was made from.
 import contextlib
 import logging
 import os
+import platform
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -114,7 +115,8 @@ class Engine:
             raise EngineError(
                 f"vLLM could not start {self.settings.model}: {error}; VLLM_LOGGING_LEVEL=INFO shows its log"
             ) from error
-        answers = self._llm.collective_rpc("cascache_install", args=(asdict(self.settings.capture),))
+        who = asdict(self.settings.capture), os.getpid(), platform.node()
+        answers = self._llm.collective_rpc("cascache_install", args=who)
         for answer in answers:
             if "problem" in answer:
                 self.close()
