@@ -113,11 +113,10 @@ def run_repair(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
 
 def run_finalize(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     """Write the index."""
-    from pathlib import Path
+    from common.cache.seals import read_manifest
+    from common.cache.writer import CacheWriter
 
-    from common.cache.writer import CacheWriter, read_manifest
-
-    writer = CacheWriter.open(arguments.path, read_manifest(Path(arguments.path)))
+    writer = CacheWriter.open(arguments.path, read_manifest(arguments.path))
     writer.finalize()
     return 0, {"path": arguments.path, "parts": len(writer.sealed)}
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 import secrets
-from pathlib import Path
 from typing import Final
 
 from schemas.manifest import LOCATION_FIELDS, Manifest
@@ -28,6 +27,9 @@ WRITING: Final = ".writing"
 METADATA: Final = "zarr.json"
 GUARD: Final = "sha256"
 """Attribute of the root, of seals and of the index: SHA-256 over the other attributes."""
+
+KNOWN_NAMES: Final = frozenset({METADATA, PARTS, SEALS, INDEX, WRITING})
+"""Everything that may stand at the root of a cache."""
 
 _DIRECTORY = re.compile(r"(\d{5,9})-[0-9a-f]{6,32}")
 _FILE = re.compile(r"[a-z_]+/(c\.0\.0|zarr\.json)|zarr\.json")
@@ -54,9 +56,9 @@ def is_part_file(path: str) -> bool:
     return _FILE.fullmatch(path) is not None
 
 
-def seal_path(root: Path, part: int) -> Path:
+def seal_key(part: int) -> str:
     """The file whose existence makes a part final."""
-    return root / SEALS / part_name(part) / METADATA
+    return f"{SEALS}/{part_name(part)}/{METADATA}"
 
 
 def group_json(attributes: dict[str, object]) -> bytes:

@@ -5,7 +5,6 @@ lengths[name][b] stands in the group's attributes; readers cut the padding off a
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from common.cache import codec, layout
 from common.cache.codec import IdCoding
 from common.cache.pack import PackedPart
 from common.cache.shard import AGAIN, SHARD_NAME, Coding, ShardReader, array_json, coding_for, encode_shard
+from common.cache.store import Store, sync_directory, write_synced
 from common.errors import PartCorrupt
 from schemas.arrays import ROW_TABLES, ArraySpec, IdScope, array_table
 
@@ -120,46 +120,28 @@ def _narrowest(pieces: Sequence[Array], spec: ArraySpec) -> np.dtype[Any]:
     return codec.smallest(bounds, spec.dtypes).dtype
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a new file and force it to the disk."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    with os.fdopen(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Force a directory's entries to the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 class PartReader:
     """The open arrays of one part.
 
     Args:
-        directory: The part's directory.
+        store: The cache's files.
+        key: The part's directory.
 
     Raises:
         PartCorrupt: Metadata is damaged, or asks for what the format does not have.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.info = read_part_info(directory / layout.METADATA)
+    def __init__(self, store: Store, key: str) -> None:
+        self.info = read_part_info(store, f"{key}/{layout.METADATA}")
         self.arrays: dict[str, ShardReader] = {}
         for name, lengths in self.info.lengths.items():
-            array = ShardReader(directory / name)
+            array = ShardReader(store, f"{key}/{name}")
             self.arrays[name] = array
             most = max(lengths) * self.info.ranks.get(name, 1)
             if array.meta.num_blocks != self.num_blocks or most > array.meta.capacity:
                 found = f"[{array.meta.num_blocks}, {array.meta.capacity}]"
                 raise PartCorrupt(
-                    f"{directory / name}: {found} cannot hold {self.num_blocks} blocks of {most}; {AGAIN}"
+                    f"{array.where}: {found} cannot hold {self.num_blocks} blocks of {most}; {AGAIN}"
                 )
 
     @property
@@ -210,14 +192,15 @@ class PartInfo:
     """Used length of the axis before it, for arrays that have one."""
 
 
-def read_part_info(path: Path) -> PartInfo:
+def read_part_info(store: Store, key: str) -> PartInfo:
     """Read and check a part's attributes.
 
     Raises:
         PartCorrupt: They are missing or not of this format.
     """
+    path = f"{store.name}/{key}"
     try:
-        attributes = json.loads(path.read_bytes())["attributes"]
+        attributes = json.loads(store.read(key))["attributes"]
         arrays = {str(name): dict(used) for name, used in attributes["arrays"].items()}
         info = PartInfo(
             num_blocks=int(attributes["num_blocks"]),

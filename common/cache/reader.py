@@ -8,7 +8,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -19,9 +18,10 @@ from common.cache import layout
 from common.cache.block import Block
 from common.cache.index import Index, Names, decode_names, join, read_index
 from common.cache.part import PartReader
+from common.cache.seals import read_manifest, read_seal, sealed_parts
 from common.cache.shard import AGAIN
-from common.cache.writer import read_manifest, read_seal, sealed_parts
-from common.errors import CacheError, MismatchError, PartCorrupt
+from common.cache.store import Store, open_store
+from common.errors import MismatchError, PartCorrupt
 from common.record import Record
 from schemas.manifest import Manifest, PartSeal
 
@@ -29,41 +29,38 @@ MAX_OPEN_PARTS: Final = 24
 """Parts whose files stay open; about 25 files each."""
 
 
-def scan_parts(root: Path, manifest: Manifest, *, skip: Mapping[int, str] | None = None) -> Index:
+def scan_parts(store: Store, manifest: Manifest, *, skip: Mapping[int, str] | None = None) -> Index:
     """Read the sample tables of every sealed part that `skip` does not list.
 
     Raises:
         MismatchError: A part was sealed for another cache.
         PartCorrupt: A table is damaged.
     """
-    known = skip or {}
-    pieces = [_scan_part(root, manifest, part) for part in sorted(sealed_parts(root) - known.keys())]
-    return join(pieces)
+    parts = sorted(sealed_parts(store) - (skip or {}).keys())
+    return join([_scan_part(store, manifest, part) for part in parts])
 
 
-def _scan_part(root: Path, manifest: Manifest, part: int) -> Index:
-    seal = read_seal(root, part)
+def _scan_part(store: Store, manifest: Manifest, part: int) -> Index:
+    seal = read_seal(store, part)
     if seal.identity_sha256 != layout.identity_sha256(manifest):
         raise MismatchError(
-            f"part {part} of {root} was sealed for another cache; run `cascache repair`, then dump it again"
+            f"part {part} of {store.name} was sealed for another cache; run `cascache repair`"
         )
-    reader = PartReader(root / layout.PARTS / seal.directory)
+    reader = PartReader(store, f"{layout.PARTS}/{seal.directory}")
+    texts, tables, counts = [np.zeros(0, np.uint8)], [np.zeros((3, 0), np.int32)], []
     try:
-        texts, lengths, counts = [], [], []
         for block in range(reader.num_blocks):
             columns = reader.read_columns(block, ("sample_columns", "sample_text"))
             texts.append(columns["sample_text"])
-            lengths.append(columns["sample_columns"][4:6])
+            tables.append(columns["sample_columns"][[4, 5, 0]])
             counts.append(columns["sample_columns"].shape[1])
     finally:
         reader.close()
     if sum(counts) != seal.num_records:
-        raise PartCorrupt(
-            f"part {part} of {root} holds {sum(counts)} records, its seal says {seal.num_records}; {AGAIN}"
-        )
+        found = f"holds {sum(counts)} records, its seal says {seal.num_records}"
+        raise PartCorrupt(f"part {part} of {store.name} {found}; {AGAIN}")
     blocks = np.array([[part] * len(counts), range(len(counts)), counts], np.int32).reshape(3, -1)
-    empty = Names(np.zeros(0, np.uint8), np.zeros((2, 0), np.int32))
-    names = Names(np.concatenate(texts), np.concatenate(lengths, axis=1)) if texts else empty
+    names = Names(np.concatenate(texts), np.concatenate(tables, axis=1))
     return Index({part: seal.directory}, blocks, names)
 
 
@@ -71,17 +68,17 @@ class CacheReader:
     """A cache opened for reading. Safe to use from several threads.
 
     Args:
-        path: Directory of the cache.
+        path: Directory of the cache, or a URL such as `s3://bucket/l1`.
 
     Raises:
         CacheError: There is no cache, or it is damaged.
     """
 
     def __init__(self, path: str) -> None:
-        self.root = Path(path)
-        self.manifest: Manifest = read_manifest(self.root)
-        found = read_index(self.root, self.manifest)
-        tail = scan_parts(self.root, self.manifest, skip=found.directories if found else None)
+        self.store = open_store(path)
+        self.manifest: Manifest = read_manifest(self.store)
+        found = read_index(self.store, self.manifest)
+        tail = scan_parts(self.store, self.manifest, skip=found.directories if found else None)
         self._index = join([found, tail]) if found else tail
         counts = self._index.blocks[2].astype(np.int64)
         self.block_offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts)])
@@ -117,14 +114,11 @@ class CacheReader:
         """Kind of every record, in block order."""
         return self._names[1]
 
-    @cached_property
+    @property
     def num_tokens(self) -> NDArray[np.int32]:
-        """[S] length of every record's sequence, read from the sample tables alone."""
-        lengths = [
-            self._part(part).read_columns(local, ("sample_columns",))["sample_columns"][0]
-            for part, local, _ in self._index.blocks.T.tolist()
-        ]
-        return np.concatenate([np.zeros(0, np.int32), *lengths])
+        """[S] length of every record's sequence, in block order."""
+        lengths: NDArray[np.int32] = self._index.names.table[2]
+        return lengths
 
     @cached_property
     def _index_of(self) -> dict[str, int]:
@@ -133,7 +127,7 @@ class CacheReader:
     @cached_property
     def seals(self) -> dict[int, PartSeal]:
         """Seal of every part, by part."""
-        return {part: read_seal(self.root, part) for part in sorted(self._index.directories)}
+        return {part: read_seal(self.store, part) for part in sorted(self._index.directories)}
 
     def index_of(self, sample_id: str) -> int:
         """Record index of a sample.
@@ -159,7 +153,7 @@ class CacheReader:
             raise IndexError(f"block {block} of {self.num_blocks}")
         part, local, count = self._index.blocks[:, block].tolist()
         reader = self._part(part)
-        where = f"block {local} of part {part} of {self.root}"
+        where = f"block {local} of part {part} of {self.store.name}"
         if local >= reader.num_blocks:
             raise PartCorrupt(f"{where} does not exist; run `cascache finalize` to write the index again")
         result = Block(reader.read_columns(local), reader.info.codings, self.manifest, where)
@@ -185,12 +179,7 @@ class CacheReader:
     def _part(self, part: int) -> PartReader:
         with self._lock:
             if part not in self._open:
-                directory = self.root / layout.PARTS / self._index.directories[part]
-                if not directory.is_dir():
-                    raise CacheError(
-                        f"{directory} is missing; run `cascache repair`, then dump part {part} again"
-                    )
-                self._open[part] = PartReader(directory)
+                self._open[part] = PartReader(self.store, f"{layout.PARTS}/{self._index.directories[part]}")
             self._open.move_to_end(part)
             while len(self._open) > MAX_OPEN_PARTS:
                 self._open.popitem(last=False)

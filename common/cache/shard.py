@@ -8,10 +8,8 @@ writes; only the route is shorter: 1.35 ms of event loop a chunk against a `prea
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import google_crc32c
@@ -21,7 +19,8 @@ from numpy.typing import NDArray
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
 
 from common.cache.buffers import SHELF
-from common.errors import CacheError, PartCorrupt
+from common.cache.store import Store
+from common.errors import PartCorrupt
 from schemas.arrays import Packing
 
 MAX_CHUNK_BYTES: Final = 1 << 30
@@ -239,63 +238,47 @@ def _inflate(body: bytes, meta: ArrayMeta, out: Array) -> bool:
 
 
 class ShardReader:
-    """One array of a part: reads a block's chunk with one `pread`.
+    """One array of a part: reads a block's chunk with one range read.
 
     Args:
-        directory: The array's directory.
+        store: The cache's files.
+        key: The array's directory.
+
+    Raises:
+        PartCorrupt: A file is missing or damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.where = str(directory)
-        self.meta = parse_array_json(_read_all(directory / "zarr.json", limit=1 << 20), self.where)
-        self.path = directory / SHARD_NAME
-        self._fd = _open(self.path)
+    def __init__(self, store: Store, key: str) -> None:
+        self.where = f"{store.name}/{key}"
         try:
-            self._chunks = self._read_index()
-        except PartCorrupt:
-            self.close()
-            raise
+            self.meta = parse_array_json(store.read(f"{key}/zarr.json"), self.where)
+            self._blob = store.open(f"{key}/{SHARD_NAME}")
+        except FileNotFoundError as error:
+            raise PartCorrupt(f"{self.where} is missing though its part is sealed; {AGAIN}") from error
+        self._chunks = self._read_index()
 
     def _read_index(self) -> list[tuple[int, int]]:
-        size, tail = os.fstat(self._fd).st_size, self.meta.num_blocks * 16 + _CRC_BYTES
+        size, tail = self._blob.size, self.meta.num_blocks * 16 + _CRC_BYTES
         if size < tail:
-            raise PartCorrupt(f"{self.path} has {size} bytes, its index alone needs {tail}; {AGAIN}")
-        raw = os.pread(self._fd, tail, size - tail)
+            raise PartCorrupt(f"{self.where} has {size} bytes, its index alone needs {tail}; {AGAIN}")
+        raw = self._blob.read(size - tail, tail)
         if crc32c(raw[:-_CRC_BYTES]) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
-            raise PartCorrupt(f"{self.path}: checksum of the shard index is wrong; {AGAIN}")
+            raise PartCorrupt(f"{self.where}: checksum of the shard index is wrong; {AGAIN}")
         index = [(int(a), int(b)) for a, b in np.frombuffer(raw[:-_CRC_BYTES], "<u8").reshape(-1, 2)]
         if any(offset + length > size - tail for offset, length in index):
-            raise PartCorrupt(f"{self.path}: the shard index points outside the file; {AGAIN}")
+            raise PartCorrupt(f"{self.where}: the shard index points outside the file; {AGAIN}")
         return index
 
     def read_block(self, block: int, length: int) -> Array:
         """The first `length` values of a block, checksum verified."""
         offset, size = self._chunks[block]
-        raw = os.pread(self._fd, size, offset)
+        raw = self._blob.read(offset, size)
         if len(raw) != size:
-            raise PartCorrupt(f"{self.path} ends early; {AGAIN}")
+            raise PartCorrupt(f"{self.where} ends early; {AGAIN}")
         out = SHELF.empty((length,), self.meta.dtype)
         decode_chunk(raw, self.meta, out, self.where)
         return out
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError as error:
-        raise PartCorrupt(f"{path} is missing though its part is sealed; {AGAIN}") from error
-
-
-def _read_all(path: Path, *, limit: int) -> bytes:
-    try:
-        if path.stat().st_size > limit:
-            raise CacheError(f"{path} is larger than {limit} bytes; refuse to read it")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise PartCorrupt(f"{path} is missing though its part is sealed; {AGAIN}") from error
+        self._blob.close()

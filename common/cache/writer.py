@@ -9,7 +9,6 @@ have a directory of their own; `link` lets one of them create the seal, the othe
 
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +16,14 @@ from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
-from pydantic import ValidationError
 
 from common.cache import layout
+from common.cache.index import write_index
 from common.cache.pack import pack_part, unique_images
-from common.cache.part import sync_directory, write_part_files, write_synced
+from common.cache.part import write_part_files
+from common.cache.reader import scan_parts
+from common.cache.seals import read_manifest, read_seal, sealed_parts
+from common.cache.store import Store, open_store
 from common.errors import CacheError, DataError, MismatchError, PartMissing
 from common.record import Record
 from schemas.manifest import FileSeal, Manifest, PartSeal, Quarantined
@@ -35,72 +37,14 @@ MAX_BLOCK_SAMPLES: Final = 4_096
 """Samples a block holds at most, when they have few rows."""
 
 
-def read_manifest(root: Path) -> Manifest:
-    """The manifest of a cache.
-
-    Raises:
-        CacheError: There is no cache, or its manifest is not of this format.
-    """
-    path = root / layout.METADATA
-    try:
-        attributes = layout.read_guarded_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CacheError(
-            f"{root} is not a cache: {path} is missing; check the path, or dump one with teacher-dump"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{path} is damaged ({error}); restore it from another copy of the cache") from error
-    try:
-        return Manifest.model_validate(attributes)
-    except ValidationError as error:
-        raise CacheError(
-            f"{path} is not a cascache manifest of format 1: {error}; read it with the version that wrote it"
-        ) from error
-
-
-def read_seal(root: Path, part: int) -> PartSeal:
-    """The seal of a part.
-
-    Raises:
-        PartMissing: The part is not sealed.
-        CacheError: The seal is damaged.
-    """
-    path = layout.seal_path(root, part)
-    try:
-        seal = PartSeal.model_validate(layout.read_guarded_json(path.read_bytes()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise PartMissing(
-            f"part {part} of {root} is not sealed; run the same teacher-dump command to dump it"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(
-            f"{path} is damaged ({error}); run `cascache repair`, then dump the part again"
-        ) from error
-    bad_file = next((name for name in seal.files if not layout.is_part_file(name)), None)
-    if seal.part != part or not layout.is_directory_of(seal.directory, part) or bad_file is not None:
-        raise CacheError(
-            f"{path} seals part {seal.part} in {seal.directory!r} ({bad_file!r}); run `cascache repair`"
-        )
-    return seal
-
-
-def sealed_parts(root: Path) -> frozenset[int]:
-    """Parts that have a seal."""
-    seals = root / layout.SEALS
-    if not seals.is_dir():
-        return frozenset()
-    names = (entry.name for entry in seals.iterdir() if (entry / layout.METADATA).is_file())
-    return frozenset(int(name) for name in names if name.isdecimal())
-
-
 class CacheWriter:
     """Writes parts of one cache; any number of writers may share it.
 
     Use `CacheWriter.open`.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, *, block_rows: int = BLOCK_ROWS) -> None:
-        self.root = root
+    def __init__(self, store: Store, manifest: Manifest, *, block_rows: int = BLOCK_ROWS) -> None:
+        self.store = store
         self.manifest = manifest
         self._identity = layout.identity_sha256(manifest)
         self._block_rows = block_rows
@@ -110,7 +54,7 @@ class CacheWriter:
         """Create a cache, or resume the one at `path`.
 
         Args:
-            path: Directory of the cache.
+            path: Directory of the cache, or a URL such as `s3://bucket/l1`.
             manifest: What the caller is about to write.
             block_rows: Rows a block aims at.
 
@@ -118,31 +62,21 @@ class CacheWriter:
             MismatchError: Another identity lives there; every differing field is named.
             CacheError: The directory holds something else.
         """
-        root = Path(path)
-        root.mkdir(parents=True, exist_ok=True)
-        if not (root / layout.METADATA).exists():
-            ours = {layout.PARTS, layout.SEALS, layout.METADATA}
-            foreign = sorted(
-                e.name for e in root.iterdir() if e.name not in ours and not e.name.startswith(".new-")
-            )
-            if foreign:
-                raise CacheError(
-                    f"{root} is not empty ({foreign[0]}, ...) and not a cache; give another --out"
-                )
-            _create(root, manifest)
-        found = read_manifest(root)
+        store = open_store(path)
+        _create(store, manifest)
+        found = read_manifest(store)
         lines = layout.differing_fields(layout.identity_fields(found), layout.identity_fields(manifest))
         if lines:
             listing = "\n  ".join(lines)
             raise MismatchError(
-                f"{root} was dumped with other settings:\n  {listing}\nuse the same, or another --out"
+                f"{path} was dumped with other settings:\n  {listing}\nuse the same, or another --out"
             )
-        return cls(root, found, block_rows=block_rows)
+        return cls(store, found, block_rows=block_rows)
 
     @property
     def sealed(self) -> frozenset[int]:
         """Parts that are final, by any writer."""
-        return sealed_parts(self.root)
+        return sealed_parts(self.store)
 
     def write_part(
         self,
@@ -173,9 +107,9 @@ class CacheWriter:
         groups = list(group_blocks(records, self._block_rows))
         packed = pack_part(groups, self.manifest)
         name = layout.new_directory(part)
-        working = self.root / layout.WRITING / name
+        working = self.store.working() / name
         try:
-            working.mkdir(parents=True)
+            working.mkdir()
             write_part_files(working, packed, profile=self.manifest.encoding.profile)
             visual = [v for group in groups for v in unique_images(group).values()]
             seal = PartSeal(
@@ -198,7 +132,7 @@ class CacheWriter:
             if isinstance(error, CacheError):
                 raise
             raise CacheError(
-                f"part {part} cannot be written to {self.root} ({error}); mend the disk, then run it again"
+                f"part {part} cannot be written to {self.store.name} ({error}); mend the disk, run it again"
             ) from error
         finally:
             shutil.rmtree(working, ignore_errors=True)
@@ -218,18 +152,13 @@ class CacheWriter:
 
     def _publish(self, working: Path, seal: PartSeal) -> PartSeal:
         """Move a finished directory into place and seal it; the first seal wins."""
-        final = self.root / layout.PARTS / seal.directory
-        working.rename(final)
-        sync_directory(final.parent)
-        path = layout.seal_path(self.root, seal.part)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if link_new(path, layout.guarded_json(seal.model_dump(mode="json"))):
-            sync_directory(path.parent)
-            sync_directory(path.parent.parent)
+        key = f"{layout.PARTS}/{seal.directory}"
+        self.store.add(working, key)
+        if self.store.create(layout.seal_key(seal.part), layout.guarded_json(seal.model_dump(mode="json"))):
             return seal
-        shutil.rmtree(final, ignore_errors=True)
+        self.store.remove(key)
         log.warning("part %d was sealed by another writer meanwhile; its copy is kept", seal.part)
-        return read_seal(self.root, seal.part)
+        return read_seal(self.store, seal.part)
 
     def finalize(self) -> None:
         """Write the index that makes opening fast.
@@ -240,12 +169,10 @@ class CacheWriter:
         missing = sorted(set(range(self.manifest.num_parts)) - self.sealed)
         if missing:
             raise PartMissing(
-                f"{self.root} lacks {len(missing)} of {self.manifest.num_parts} parts ({missing[:6]} ...); "
+                f"{self.store.name} lacks {len(missing)} of {self.manifest.num_parts} parts ({missing[:6]}); "
                 f"run the same teacher-dump command to dump them"
             )
-        from common.cache.index import write_index
-
-        write_index(self.root, self.manifest)
+        write_index(self.store, self.manifest, scan_parts(self.store, self.manifest))
 
     def __enter__(self) -> Self:
         return self
@@ -256,26 +183,21 @@ class CacheWriter:
         """Nothing stays open between parts."""
 
 
-def _create(root: Path, manifest: Manifest) -> None:
-    """Create the root, parts and seals groups; the first of several creators wins."""
+def _create(store: Store, manifest: Manifest) -> None:
+    """Create the root, parts and seals groups, unless they are there; the first of several creators wins.
+
+    Raises:
+        CacheError: Something else is there.
+    """
+    names = store.names("")
+    if layout.METADATA in names:
+        return
+    foreign = sorted(set(names) - layout.KNOWN_NAMES)
+    if foreign:
+        raise CacheError(f"{store.name} is not empty ({foreign[0]}, ...) and not a cache; give another --out")
     for name in (layout.PARTS, layout.SEALS):
-        (root / name).mkdir(exist_ok=True)
-        link_new(root / name / layout.METADATA, layout.group_json({}))
-    link_new(root / layout.METADATA, layout.guarded_json(manifest.model_dump(mode="json")))
-    sync_directory(root)
-
-
-def link_new(path: Path, data: bytes) -> bool:
-    """Create a file whole and synced, unless it exists. Returns whether this call created it."""
-    temporary = path.parent / f".new-{os.getpid()}-{os.urandom(6).hex()}"
-    write_synced(temporary, data)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        temporary.unlink(missing_ok=True)
-    return True
+        store.create(f"{name}/{layout.METADATA}", layout.group_json({}))
+    store.create(layout.METADATA, layout.guarded_json(manifest.model_dump(mode="json")))
 
 
 def hash_files(directory: Path) -> dict[str, FileSeal]:
@@ -336,3 +258,14 @@ def _fidelity(records: Sequence[Record]) -> dict[str, float]:
             for percent in (5, 50):
                 out[f"{table}_mass_p{percent:02d}"] = float(np.percentile(mass, percent))
     return out
+
+
+__all__ = [
+    "BLOCK_ROWS",
+    "CacheWriter",
+    "group_blocks",
+    "hash_file",
+    "hash_files",
+    "read_seal",
+    "sealed_parts",
+]

@@ -1,0 +1,202 @@
+"""Caches in object stores: S3, GCS, Azure, HTTP, through `obstore`; with a bounded local copy.
+
+    block read ──> local copy? ── yes ──> read it ──> checksum fits ──> done
+                       │ no, or damaged
+                       └──> ranged get ──> store (temporary name, rename) ──> trim to the bound
+
+The copy is a directory of files named by a hash of (URL, key, range). Any number of processes and jobs may
+share it: files appear whole or not at all, and what is read from them is checked like the original.
+"""
+
+import hashlib
+import logging
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, NotFoundError
+
+from common.cache.store import Blob, scratch_directory
+
+log = logging.getLogger(__name__)
+
+COPY_VARIABLE: Final = "CASCACHE_COPY"
+"""Environment variable: directory of the local copy; empty turns it off."""
+
+COPY_BYTES_VARIABLE: Final = "CASCACHE_COPY_BYTES"
+"""Environment variable: bytes the local copy may take."""
+
+DEFAULT_COPY_BYTES: Final = 20 << 30
+
+_TRIM_TO: Final = 0.8
+_TRIM_EVERY: Final = 64
+
+
+class LocalCopy:
+    """A bounded directory of ranges already fetched.
+
+    Args:
+        directory: Where; made when needed.
+        max_bytes: Bytes kept at most, about.
+    """
+
+    def __init__(self, directory: Path, max_bytes: int) -> None:
+        self.directory = directory
+        self.max_bytes = max_bytes
+        self._puts = 0
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str) -> Path:
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        return self.directory / digest[:2] / digest[2:]
+
+    def get(self, name: str) -> bytes | None:
+        """Bytes kept under a name, if they are whole: length and hash stand before them."""
+        try:
+            data = self._path(name).read_bytes()
+        except OSError:
+            return None
+        if hashlib.sha256(data[32:]).digest() != data[:32]:
+            return None
+        with suppress(OSError):
+            os.utime(self._path(name))
+        return data[32:]
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep bytes; a full or broken disk is no reason to stop reading."""
+        path = self._path(name)
+        temporary = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(hashlib.sha256(data).digest() + data)
+            temporary.rename(path)
+        except OSError as error:
+            log.warning("%s cannot keep a copy (%s)", self.directory, error)
+            temporary.unlink(missing_ok=True)
+        self._puts += 1
+        if self._puts % _TRIM_EVERY == 1:
+            self.trim()
+
+    def trim(self) -> None:
+        """Remove what was not read for longest, once the bound is passed."""
+        entries = []
+        for path in self.directory.glob("??/*"):
+            with suppress(OSError):
+                status = path.stat()
+                entries.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        if total <= self.max_bytes:
+            return
+        for _, size, path in sorted(entries):
+            with suppress(OSError):
+                path.unlink()
+                total -= size
+            if total <= self.max_bytes * _TRIM_TO:
+                return
+
+
+def default_copy() -> LocalCopy | None:
+    """The local copy that the environment asks for; by default below the user's cache directory."""
+    base = os.environ.get(COPY_VARIABLE, str(Path.home() / ".cache" / "cascache" / "objects"))
+    max_bytes = int(os.environ.get(COPY_BYTES_VARIABLE, DEFAULT_COPY_BYTES))
+    return LocalCopy(Path(base), max_bytes) if base and max_bytes > 0 else None
+
+
+class ObjectBlob:
+    """One object, read by ranges."""
+
+    def __init__(self, store: "ObjectStore", key: str, size: int) -> None:
+        self._store = store
+        self._key = key
+        self.size = size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A range; shorter only at the end."""
+        length = min(length, self.size - offset)
+        return self._store.read_range(self._key, offset, length) if length > 0 else b""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ObjectStore:
+    """A prefix of a bucket. Credentials and endpoint come from the environment, as for `obstore`.
+
+    Args:
+        url: `s3://bucket/prefix`, `gs://...`, `az://...`, `https://...`.
+        copy: Local copy of ranges; None for none.
+        options: Passed on to `obstore.store.from_url`.
+    """
+
+    is_local = False
+
+    def __init__(self, url: str, *, copy: LocalCopy | None = None, **options: Any) -> None:
+        self.name = url
+        self._store = obstore.store.from_url(url, **options)
+        self._copy = copy if copy is not None else default_copy()
+
+    def read(self, key: str) -> bytes:
+        """A whole, small object; never from the copy, because manifests and seals decide what exists."""
+        try:
+            return bytes(obstore.get(self._store, key).bytes())
+        except (NotFoundError, FileNotFoundError) as error:
+            raise FileNotFoundError(f"{self.name}/{key}") from error
+
+    def read_range(self, key: str, offset: int, length: int) -> bytes:
+        """A range of an object that never changes: sealed files do not."""
+        name = f"{self.name}\n{key}\n{offset}\n{length}"
+        data = self._copy.get(name) if self._copy else None
+        if data is None:
+            data = bytes(obstore.get_range(self._store, key, start=offset, length=length))
+            if self._copy:
+                self._copy.put(name, data)
+        return data
+
+    def open(self, key: str) -> Blob:
+        """An object to read ranges of."""
+        try:
+            return ObjectBlob(self, key, int(obstore.head(self._store, key)["size"]))
+        except (NotFoundError, FileNotFoundError) as error:
+            raise FileNotFoundError(f"{self.name}/{key}") from error
+
+    def names(self, prefix: str) -> list[str]:
+        """Names directly below a prefix, sorted."""
+        found = obstore.list_with_delimiter(self._store, prefix or None)
+        paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
+        return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in paths})
+
+    def walk(self, prefix: str = "") -> dict[str, int]:
+        """Size of every object below a prefix, by relative key."""
+        sizes = {}
+        for page in obstore.list(self._store, prefix or None):
+            for item in page:
+                path = str(item["path"])
+                sizes[path.removeprefix(f"{prefix}/") if prefix else path] = int(item["size"])
+        return sizes
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Put an object unless it exists: a conditional put is the decision."""
+        try:
+            obstore.put(self._store, key, data, mode="create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def add(self, source: Path, key: str) -> None:
+        """Upload a finished local directory; nothing names it yet, so order does not matter."""
+        for path in sorted(p for p in source.rglob("*") if p.is_file()):
+            obstore.put(self._store, f"{key}/{path.relative_to(source).as_posix()}", path)
+
+    def remove(self, key: str) -> None:
+        """Remove an object, and all below it."""
+        doomed = [f"{key}/{name}" for name in self.walk(key)]
+        with suppress(NotFoundError, FileNotFoundError):
+            obstore.delete(self._store, key)
+        if doomed:
+            obstore.delete(self._store, doomed)
+
+    def working(self) -> Path:
+        """A new directory on the local disk."""
+        return scratch_directory()
