@@ -20,9 +20,17 @@ from common.errors import ConfigError, MismatchError
 from common.vocab import check_ids
 from student_train.batch import Batch, SparseTargets
 from student_train.losses import eager, fused
+from student_train.losses.balance import UncertaintyWeights
 from student_train.losses.passes import Walk
 from student_train.losses.relation import head_gram, relation_distances
-from student_train.losses.rows import Head, RowLosses, RowTargets, no_targets
+from student_train.losses.rows import (
+    Head,
+    RowLosses,
+    RowTargets,
+    concat_targets,
+    no_targets,
+    targets_only,
+)
 from student_train.losses.terms import IGNORE_LABEL, TERMS, Divergence, RelationTerm, Term
 
 
@@ -68,6 +76,7 @@ class Objective:
         relation: RelationTerm | None = None,
         implementation: Literal["fused", "eager"] = "fused",
         walk: Walk | None = None,
+        balance: UncertaintyWeights | None = None,
     ) -> None:
         """Choose terms.
 
@@ -77,6 +86,7 @@ class Objective:
             relation: Of the relation term; logits, unnormalised unless given.
             implementation: `fused`, or the definition, `eager`, which holds all logits.
             walk: Chunk shape of the fused walk, chosen unless given.
+            balance: Learned factors on top of the weights; its parameters belong in the optimiser.
 
         Raises:
             ConfigError: A weight is negative.
@@ -89,6 +99,7 @@ class Objective:
         self._relation = relation or RelationTerm()
         self._implementation = implementation
         self._walk = walk
+        self._balance = balance
         self._frozen_gram: tuple[tuple[object, ...], Tensor] | None = None
 
     def __call__(
@@ -115,10 +126,44 @@ class Objective:
         if self.weights["relation"] and batch.relations:
             distances = relation_distances(flat, self._gram(head), batch.relations, self._relation.norm)
             mean = distances.sum() / counts.images
-            loss = loss + self.weights["relation"] * mean
+            loss = loss + self._factor("relation") * mean
             raw["relation"] = mean.detach()
-        weighted = {term: self.weights[term] * value for term, value in raw.items()}
-        return Outcome(loss, raw, weighted)
+        if self._balance is not None:
+            loss = loss + self._balance(self.weights, raw, _shares(batch, counts))
+        return Outcome(loss, raw, {term: self._factor(term) * value for term, value in raw.items()})
+
+    def gradient_norms(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        head: Head,
+        batch: Batch,
+        counts: Counts | None = None,
+    ) -> dict[Term, Tensor]:
+        """Return ‖d(weight × term) / d hidden‖ of each active term: how hard each one pulls.
+
+        One walk a term, so a diagnosis and not something for every step. Arguments as for a call.
+        """
+        states = hidden.detach().requires_grad_()
+        still = Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.vocab_size)
+        norms: dict[Term, Tensor] = {}
+        for term in TERMS:
+            alone = Objective(
+                {term: float(self._factor(term))},
+                divergence=self._divergence,
+                relation=self._relation,
+                implementation=self._implementation,
+                walk=self._walk,
+            )
+            outcome = alone(states, still, batch, counts)
+            if term in outcome.raw:
+                norms[term] = torch.autograd.grad(outcome.loss, states)[0].norm()
+        return norms
+
+    def _factor(self, term: Term) -> float | Tensor:
+        """Weight times learned factor, detached."""
+        if self._balance is None or term not in self._balance.terms:
+            return self.weights[term]
+        return self.weights[term] * self._balance.factors()[term].detach()
 
     def _row_terms(
         self, flat: Tensor, head: Head, batch: Batch, counts: Counts
@@ -150,8 +195,8 @@ class Objective:
         labels = batch.response_labels
         if not self.weights["ce"]:
             labels = torch.full_like(labels, IGNORE_LABEL)
-        ones = torch.ones(rows.numel(), device=device) / counts.response_rows
-        targets = RowTargets(labels, sparse, self.weights["ce"] * ones, self.weights["response_kl"] * ones)
+        each = torch.ones(rows.numel(), device=device) / counts.response_rows
+        targets = RowTargets(labels, sparse, self._factor("ce") * each, self._factor("response_kl") * each)
         _check_real(targets, head.vocab_size, batch)
         return rows, targets
 
@@ -160,9 +205,8 @@ class Objective:
         if not rows.numel() or not self.weights["visual_kl"]:
             return None
         sparse = _require(batch.visual_targets, "visual_kl", batch)
-        ones = torch.ones(rows.numel(), device=rows.device) / counts.visual_rows
-        labels = torch.full_like(rows, IGNORE_LABEL)
-        targets = RowTargets(labels, sparse, 0.0 * ones, self.weights["visual_kl"] * ones)
+        each = torch.ones(rows.numel(), device=rows.device) / counts.visual_rows
+        targets = targets_only(sparse, self._factor("visual_kl") * each)
         _check_real(targets, head.vocab_size, batch)
         return rows, targets
 
@@ -175,7 +219,7 @@ class Objective:
         if self._relation.of == "hidden":
             return None
         parts = [part for part in (head.weight, head.bias) if part is not None]
-        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        if any(part.requires_grad for part in parts):
             return head_gram(head)
         key = (head.vocab_size, *((part.data_ptr(), part._version, part.shape) for part in parts))
         if self._frozen_gram is None or self._frozen_gram[0] != key:
@@ -183,29 +227,15 @@ class Objective:
         return self._frozen_gram[1]
 
 
-def concat_targets(parts: list[RowTargets]) -> RowTargets:
-    """Stack the targets of several runs of rows; the smaller K is filled with unused slots."""
-    width = max(part.sparse.token_ids.shape[1] for part in parts)
-    sparse = [_widen(part.sparse, width) for part in parts]
-    return RowTargets(
-        torch.cat([part.labels for part in parts]),
-        SparseTargets(
-            torch.cat([part.token_ids for part in sparse]),
-            torch.cat([part.logprobs for part in sparse]),
-            torch.cat([part.log_tail for part in sparse]),
-        ),
-        torch.cat([part.ce_coef for part in parts]),
-        torch.cat([part.kl_coef for part in parts]),
-    )
-
-
-def _widen(sparse: SparseTargets, width: int) -> SparseTargets:
-    more = (0, width - sparse.token_ids.shape[1])
-    return SparseTargets(
-        torch.nn.functional.pad(sparse.token_ids, more),
-        torch.nn.functional.pad(sparse.logprobs, more, value=-torch.inf),
-        sparse.log_tail,
-    )
+def _shares(batch: Batch, counts: Counts) -> dict[Term, float]:
+    here = counts_of(batch)
+    responses = here.response_rows / counts.response_rows if here.response_rows else 0.0
+    return {
+        "ce": responses,
+        "response_kl": responses,
+        "visual_kl": here.visual_rows / counts.visual_rows if here.visual_rows else 0.0,
+        "relation": here.images / counts.images if here.images else 0.0,
+    }
 
 
 def _check_real(targets: RowTargets, vocab_size: int, batch: Batch) -> None:

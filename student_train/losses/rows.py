@@ -7,12 +7,14 @@ Axes: N rows, D width, V head rows, K kept tokens.
     RowTargets  ───┘
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from student_train.batch import SparseTargets
 from student_train.losses.terms import IGNORE_LABEL
@@ -79,3 +81,28 @@ def targets_only(sparse: SparseTargets, kl_coef: Float[Tensor, " N"]) -> RowTarg
     """Divergence alone, at the given rows."""
     labels = torch.full_like(sparse.log_tail, IGNORE_LABEL, dtype=torch.int64)
     return RowTargets(labels, sparse, torch.zeros_like(kl_coef), kl_coef)
+
+
+def concat_targets(parts: Sequence[RowTargets]) -> RowTargets:
+    """Stack the targets of several runs of rows; the smaller K is filled with unused slots."""
+    width = max(part.sparse.token_ids.shape[1] for part in parts)
+    sparse = [_widen(part.sparse, width) for part in parts]
+    return RowTargets(
+        torch.cat([part.labels for part in parts]),
+        SparseTargets(
+            torch.cat([part.token_ids for part in sparse]),
+            torch.cat([part.logprobs for part in sparse]),
+            torch.cat([part.log_tail for part in sparse]),
+        ),
+        torch.cat([part.ce_coef for part in parts]),
+        torch.cat([part.kl_coef for part in parts]),
+    )
+
+
+def _widen(sparse: SparseTargets, width: int) -> SparseTargets:
+    more = (0, width - sparse.token_ids.shape[1])
+    return SparseTargets(
+        F.pad(sparse.token_ids, more),
+        F.pad(sparse.logprobs, more, value=-torch.inf),
+        sparse.log_tail,
+    )

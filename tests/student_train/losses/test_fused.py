@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -196,3 +197,22 @@ class TestBehaviour:
             losses = fused.head_losses(*problem, Divergence(), walk=walk)
             runs.append([losses.total, *gradients(losses.total, *problem[:2])])
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+    def test_checkpointing_changes_nothing(self, walk: fused.Walk) -> None:
+        hidden, head, targets = case(6, 20, 4)
+
+        def total(states: torch.Tensor) -> torch.Tensor:
+            return fused.head_losses(states.tanh(), head, targets, Divergence(), walk=walk).total
+
+        want = gradients(total(hidden), hidden, head)
+        kept = torch.utils.checkpoint.checkpoint(total, hidden, use_reentrant=False)
+        torch.testing.assert_close(gradients(kept, hidden, head), want)
+
+    def test_gradients_handed_over_are_not_shared(self, walk: fused.Walk) -> None:
+        """A caller may change the gradient it got; a second backward must not see that."""
+        hidden, head, targets = case(6, 20, 4)
+        total = fused.head_losses(hidden, head, targets, Divergence(), walk=walk).total
+        first = torch.autograd.grad(3 * total, head.weight, retain_graph=True)[0]
+        want = first.clone() / 3
+        first.zero_()
+        torch.testing.assert_close(torch.autograd.grad(total, head.weight)[0], want)

@@ -8,6 +8,7 @@ import torch
 from common.errors import ConfigError, MismatchError
 from student_train.batch import Batch, RelationTarget, SparseTargets
 from student_train.losses import eager
+from student_train.losses.balance import UncertaintyWeights
 from student_train.losses.objective import Counts, Objective, counts_of
 from student_train.losses.rows import Head
 from student_train.losses.terms import TERMS, Divergence, RelationTerm
@@ -238,3 +239,50 @@ def test_missing_targets_and_foreign_ids_are_refused() -> None:
     data.response_targets.token_ids[0, 0] = V
     with pytest.raises(MismatchError, match="one of the samples s0, s1 holds token id 40"):
         Objective(WEIGHTS)(hidden, head(), data)
+
+
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_learned_weights_have_the_gradient_of_their_definition(implementation: str) -> None:
+    hidden, data = batch(4)
+    balance = UncertaintyWeights(["response_kl", "relation"]).double()
+    with torch.no_grad():
+        balance.log_variance.copy_(torch.tensor([0.3, -1.2]))
+    lm_head = head()
+    outcome = Objective(WEIGHTS, implementation=implementation, balance=balance)(hidden, lm_head, data)
+    found = torch.autograd.grad(outcome.loss, [hidden, lm_head.weight, balance.log_variance])
+
+    each = {
+        term: Objective({term: 1.0}, implementation="eager")(hidden, lm_head, data).loss for term in TERMS
+    }
+    learned = dict(zip(balance.terms, balance.log_variance, strict=True))
+    want = sum(
+        WEIGHTS[term] * ((-learned[term]).exp() * value + learned[term] if term in learned else value)
+        for term, value in each.items()
+    )
+    torch.testing.assert_close(outcome.loss, want)
+    wanted = torch.autograd.grad(want, [hidden, lm_head.weight, balance.log_variance])
+    torch.testing.assert_close(found, wanted)
+
+
+def test_learned_weights_count_once_however_a_step_is_split() -> None:
+    hidden, whole = batch(5)
+    lm_head, balance = head(), UncertaintyWeights(TERMS).double()
+    objective = Objective(WEIGHTS, balance=balance)
+    with torch.no_grad():
+        balance.log_variance.normal_()
+    (want,) = torch.autograd.grad(objective(hidden, lm_head, whole).loss, balance.log_variance)
+    for sequences in (range(2), range(2, 5)):
+        part = hidden[sequences.start : sequences.stop]
+        objective(part, lm_head, sub_batch(whole, sequences), counts_of(whole)).loss.backward()
+    torch.testing.assert_close(balance.log_variance.grad, want)
+
+
+def test_gradient_norms_say_how_hard_each_term_pulls() -> None:
+    hidden, data = batch(4)
+    lm_head = head(bias=True)
+    norms = Objective(WEIGHTS).gradient_norms(hidden, lm_head, data)
+    for term in TERMS:
+        alone = Objective({term: WEIGHTS[term]}, implementation="eager")(hidden, lm_head, data)
+        torch.testing.assert_close(norms[term], torch.autograd.grad(alone.loss, hidden)[0].norm())
+    assert hidden.grad is None
+    assert lm_head.weight.grad is None
