@@ -174,7 +174,9 @@ class Objective:
         if not parts:
             return _nothing(flat, head), {}
         rows = torch.cat([rows for rows, _ in parts])
-        losses = self._head_losses(flat[rows], head, concat_targets([targets for _, targets in parts]))
+        losses = self._head_losses(
+            flat.index_select(0, rows), head, concat_targets([targets for _, targets in parts])
+        )
         num = 0 if responses is None else responses[0].shape[0]
         raw: dict[Term, Tensor] = {}
         if responses is not None and self.weights["ce"]:

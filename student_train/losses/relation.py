@@ -47,7 +47,7 @@ def relation_distances(
         MismatchError: The patch grids do not fit each other or the rows.
     """
     fitted = [fit_factor(target) for target in targets]
-    states = pad_sequence([hidden[target.rows] for target in targets], batch_first=True)
+    states = pad_sequence([hidden.index_select(0, target.rows) for target in targets], batch_first=True)
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     if gram is not None and gram.shape[0] == states.shape[2] + 1:
         states = torch.cat([states, torch.ones_like(states[..., :1])], dim=2)
