@@ -114,6 +114,7 @@ _METAVARS = {
     "float": "X",
     "str": "TEXT",
     "tuple[str,...]": "TEXT",
+    "tuple[float,...]": "X",
     "dict[str,str]": "KEY=VALUE",
     "dict[str,JSON]": "KEY=VALUE",
 }

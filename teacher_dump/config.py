@@ -16,8 +16,8 @@ class DumpConfig(Frozen):
     """LLaVA JSON, JSONL of messages, a datasets directory, hf:owner/name:split, or `shapes`."""
     image_root: str | None = None
     """Directory that relative image paths start from; the data file's own by default."""
-    out: str = "./zarr/l1"
-    """Directory of the cache; an unfinished one with the same settings is continued."""
+    out: str = "auto"
+    """Directory of the cache; auto is ./zarr/l1, or the next level when that holds another dump."""
     topk: int = Field(64, ge=1)
     """Tokens kept per response position."""
     visual_topk: int | None = Field(None, ge=1)

@@ -21,7 +21,14 @@ from schemas.manifest import Capture, PartSeal, Quarantined
 from teacher_dump.config import DumpConfig
 from teacher_dump.cost import check_disk, describe
 from teacher_dump.engine import Engine
-from teacher_dump.level import check_settings, engine_settings, longest, make_manifest, plan_dump
+from teacher_dump.level import (
+    check_settings,
+    choose_out,
+    engine_settings,
+    longest,
+    make_manifest,
+    plan_dump,
+)
 from teacher_dump.plan import Part
 from teacher_dump.prompts import Prepared, Preparer, prepare_ahead
 from teacher_dump.quarantine import QuarantineLog
@@ -50,8 +57,10 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     plan = plan_dump(config, source)
     preparer = Preparer(source, teacher.processor, max_len=longest(config, teacher))
     if config.dry_run:
+        config = config.model_copy(update={"out": choose_out(config.out, None)})
         return describe(config, teacher, plan, plan.todo(frozenset()), preparer, source)
     manifest = make_manifest(config, source, teacher, plan)
+    config = config.model_copy(update={"out": choose_out(config.out, manifest)})
     writer = CacheWriter.open(config.out, manifest)
     sealed = writer.sealed
     todo = plan.todo(sealed)

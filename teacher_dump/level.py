@@ -1,9 +1,13 @@
 """What the settings make of a level: its plan, its manifest, how its engine is started."""
 
 import importlib.metadata
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 
+from common.cache.layout import METADATA, identity_sha256
+from common.cache.seals import read_manifest
 from common.data.source import SampleSource
 from common.errors import ConfigError, DataError
 from common.fingerprint import fingerprints
@@ -33,6 +37,27 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
             )
     if not len(source):
         raise DataError(f"{config.data} holds no samples", reason="empty")
+
+
+def choose_out(out: str, manifest: Manifest | None) -> str:
+    """The cache's place: as given, or for `auto` the first ./zarr/lN that is free or holds this very dump.
+
+    Args:
+        out: `--out`.
+        manifest: What is being dumped; None (a dry run) looks for a free place only.
+
+    Raises:
+        CacheError: A level on the way is damaged.
+    """
+    if out != "auto":
+        return out
+    for number in count(1):
+        path = Path("zarr") / f"l{number}"
+        if not (path / METADATA).exists():
+            return f"./{path}"
+        if manifest is not None and identity_sha256(read_manifest(path)) == identity_sha256(manifest):
+            return f"./{path}"
+    raise AssertionError("levels never run out")
 
 
 def longest(config: DumpConfig, teacher: Teacher) -> int:
