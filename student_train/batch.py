@@ -76,6 +76,11 @@ class Batch:
     num_tokens: int
     """Real (unpadded) tokens."""
 
+    @property
+    def num_positions(self) -> int:
+        """Positions computed, padding included."""
+        return self.inputs["input_ids"].numel()
+
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device; the same object when it is there already."""
         if self.response_rows.device == device:
@@ -91,3 +96,17 @@ class Batch:
             visual_targets=self.visual_targets and self.visual_targets.to(device),
             relations=tuple(each.to(device) for each in self.relations),
         )
+
+
+def without_targets(batch: Batch) -> Batch:
+    """Return a batch with the same inputs that no term looks at: its loss and gradient are zero."""
+    return replace(
+        batch,
+        response_rows=batch.response_rows[:0],
+        response_labels=batch.response_labels[:0],
+        response_targets=None,
+        visual_rows=batch.visual_rows[:0],
+        visual_targets=None,
+        relations=(),
+        num_tokens=0,
+    )

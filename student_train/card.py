@@ -59,7 +59,7 @@ def _stages(plan: Plan) -> str:
         trains = " + ".join(each.stage.trains)
         rows.append(
             f"| {each.name} | {trains} | {terms} | {each.stage.learning_rate:g} | {each.num_steps} | "
-            f"{each.stage.batch_size} | {each.sampler.num_samples} |"
+            f"{each.stage.size} | {each.sampler.num_samples} |"
         )
     head = (
         "| stage | trains | terms | learning rate | steps | batch | samples |\n|---|---|---|---|---|---|---|"

@@ -30,6 +30,8 @@ class TrainConfig(Frozen):
     """Seed of sample order and of every random choice."""
     micro_batch: int | None = Field(None, ge=1)
     """Samples a forward pass in one process; default: the stage's share in one pass."""
+    tokens_per_batch: int | None = Field(None, ge=1)
+    """Real tokens an optimiser step, instead of the recipe's batch sizes: less padding for ragged samples."""
     precision: Precision = "fp32"
     """Arithmetic of the forward pass; weights and loss sums stay float32."""
     gradient_checkpointing: bool = False

@@ -23,7 +23,7 @@ from student_train.config import TrainConfig
 from student_train.losses.terms import TERMS, Term
 from student_train.model import StudentShape, read_shape
 from student_train.recipe import PRESETS, Recipe, Stage, fit_preset, preset_recipe, read_recipe
-from student_train.sampling import Sampler, stage_seed
+from student_train.sampling import Sampler, make_sampler, stage_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class Plan:
         for each in self.stages:
             terms = " + ".join(f"{weight:g} {term}" for term, weight in each.stage.terms.items())
             lines.append(
-                f"  {each.name:8} {each.num_steps:6} steps x {each.stage.batch_size:<4} "
+                f"  {each.name:8} {each.num_steps:6} steps x {each.stage.size:<11} "
                 f"{each.sampler.num_samples:8} samples  {' + '.join(each.stage.trains):15} "
                 f"lr {each.stage.learning_rate:<7g} {terms}"
             )
@@ -162,6 +162,8 @@ def make_plan(config: TrainConfig) -> Plan:
         if not level.cache.complete
     ]
     recipe = choose_recipe(config.recipe, levels, tiny=shape.is_tiny)
+    if config.tokens_per_batch is not None:
+        recipe = recipe.with_stages(tokens_per_batch=config.tokens_per_batch)
     names = "-".join(Path(level.path).resolve().name for level in levels)
     out = Path(config.out) if config.out else Path("runs") / f"{Path(student.name).name}-{names}"
     stages = plan_stages(config, levels, recipe)
@@ -259,14 +261,15 @@ def plan_stages(config: TrainConfig, levels: Sequence[Level], recipe: Recipe) ->
     planned = []
     for number, (level, stages) in enumerate(zip(levels, recipe.levels, strict=True)):
         for place, stage in enumerate(stages):
-            sampler = Sampler(
+            sampler = make_sampler(
                 level.cache,
                 stage,
                 seed=stage_seed(config.seed, number, place),
                 window_blocks=config.shuffle_blocks,
                 where=level.path,
             )
-            steps, wanted = stage.num_steps(sampler.num_samples), wanted_targets(level, stage, sampler.seed)
+            steps = stage.steps or sampler.steps_of(stage.epochs or 1.0)
+            wanted = wanted_targets(level, stage, sampler.seed)
             planned.append(PlannedStage(number, place, stage, sampler, steps, wanted))
     return tuple(planned)
 

@@ -41,6 +41,8 @@ class Stage(Frozen):
     """Optimiser steps instead of epochs."""
     batch_size: int = Field(128, ge=1)
     """Samples an optimiser step, over all processes and micro-batches."""
+    tokens_per_batch: int | None = Field(None, ge=1)
+    """Real tokens an optimiser step, instead of `batch_size`: samples of like length go together."""
     kinds: tuple[str, ...] = ()
     """Sample kinds to train on; `!caption` means all but captions; empty means all."""
     warmup: float = Field(0.03, ge=0, lt=1)
@@ -70,12 +72,10 @@ class Stage(Frozen):
         refused = [name[1:] for name in self.kinds if name.startswith("!")]
         return kind not in refused and (not wanted or kind in wanted)
 
-    def num_steps(self, num_samples: int) -> int:
-        """Return how many optimiser steps the stage takes over that many samples."""
-        if self.steps is not None:
-            return self.steps
-        assert self.epochs is not None
-        return max(1, round(self.epochs * num_samples / self.batch_size))
+    @property
+    def size(self) -> str:
+        """Size of a batch, for people."""
+        return f"{self.batch_size}" if self.tokens_per_batch is None else f"{self.tokens_per_batch} tokens"
 
 
 class Recipe(Frozen):
@@ -83,6 +83,14 @@ class Recipe(Frozen):
 
     levels: tuple[tuple[Stage, ...], ...]
     """One list of stages per cache."""
+
+    def with_stages(self, **changes: Any) -> "Recipe":
+        """Return the recipe with some settings of every stage changed."""
+        return Recipe(
+            levels=tuple(
+                tuple(stage.model_copy(update=changes) for stage in stages) for stages in self.levels
+            )
+        )
 
 
 _DISTIL: Final[dict[Term, float]] = {"ce": 1.0, "response_kl": 1.0, "visual_kl": 1.0, "relation": 0.5}

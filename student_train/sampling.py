@@ -2,16 +2,18 @@
 
     stage's samples    epoch 0                 epoch 1
     order              7 2 9 0 4 5 1 │ 3 0 9 7 2 ...       epoch_order(seed, epoch), filtered by kind
-    global batches     [7 2 9 0] [4 5 1 3] [0 9 7 2] ...   the same whatever the number of processes
-    process r of R     every R-th entry of a global batch, from the r-th
+    by size            [7 2 9 0] [4 5 1 3] [0 9 7 2] ...   `batch_size` samples, across epochs
+    by tokens          [9 1] [7 2 0 5] [4] │ ...           `tokens_per_batch`, like lengths together
 
-So a stream resumes at any step by being asked for that step, at any number of processes.
+Global batches are the same whatever the number of processes, so a stream resumes at any step, at any
+number of processes, by being asked for that step.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,9 @@ from numpy.typing import NDArray
 from common.cache.order import epoch_order
 from common.errors import ConfigError
 from student_train.recipe import Stage
+
+SORTED_TOGETHER: Final = 2048
+"""Samples whose lengths are sorted together: enough for little padding, few enough to stay shuffled."""
 
 
 class Described(Protocol):
@@ -34,6 +39,11 @@ class Described(Protocol):
         """[blocks + 1] first sample of every block."""
         ...
 
+    @property
+    def num_tokens(self) -> NDArray[np.int32]:
+        """[S] length of every sample's sequence."""
+        ...
+
 
 def stage_seed(seed: int, level: int, stage: int) -> int:
     """Derive a seed of its own for every stage, so that no two see the same order."""
@@ -41,7 +51,7 @@ def stage_seed(seed: int, level: int, stage: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class Sampler:
+class Sampler(ABC):
     """The sample indices of every step of one stage."""
 
     def __init__(self, cache: Described, stage: Stage, *, seed: int, window_blocks: int, where: str) -> None:
@@ -58,13 +68,11 @@ class Sampler:
             ConfigError: No sample of the cache is of the stage's kinds.
         """
         self.seed = seed
-        self.batch_size = stage.batch_size
         self._offsets = cache.block_offsets
         self._window_blocks = window_blocks
-        kinds = np.asarray([str(kind) for kind in cache.kinds])
         labels = {str(kind): kind for kind in cache.kinds}
         chosen = [label for label, kind in labels.items() if stage.selects(kind)]
-        self._selected = np.isin(kinds, chosen)
+        self._selected = np.isin(np.asarray([str(kind) for kind in cache.kinds]), chosen)
         self.num_samples = int(self._selected.sum())
         if not self.num_samples:
             raise ConfigError(
@@ -77,6 +85,7 @@ class Sampler:
         order = epoch_order(self._offsets, seed=self.seed, epoch=epoch, window_blocks=self._window_blocks)
         return order[self._selected[order]]
 
+    @abstractmethod
     def batch(self, step: int) -> NDArray[np.int64]:
         """Return the global batch of a step.
 
@@ -86,13 +95,107 @@ class Sampler:
         Returns:
             [B, 2] (epoch, sample index) in order.
         """
-        entries = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+
+    @abstractmethod
+    def steps_of(self, epochs: float) -> int:
+        """Return how many steps so many passes over the data take; at least one."""
+
+
+class SizeSampler(Sampler):
+    """Batches of a fixed number of samples, which may span epochs."""
+
+    def __init__(self, cache: Described, stage: Stage, *, seed: int, window_blocks: int, where: str) -> None:
+        """See `Sampler`."""
+        super().__init__(cache, stage, seed=seed, window_blocks=window_blocks, where=where)
+        self._size = stage.batch_size
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Return entries `[step * size, (step + 1) * size)` of the endless order."""
+        entries = np.arange(step * self._size, (step + 1) * self._size)
         epochs, places = np.divmod(entries, self.num_samples)
         batch = np.stack([epochs, places], axis=1)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             batch[here, 1] = self._epoch(int(epoch))[places[here]]
         return batch
+
+    def steps_of(self, epochs: float) -> int:
+        """Return the nearest number of whole batches."""
+        return max(1, round(epochs * self.num_samples / self._size))
+
+
+class TokenSampler(Sampler):
+    """Batches of at most so many real tokens, samples of like length together."""
+
+    def __init__(self, cache: Described, stage: Stage, *, seed: int, window_blocks: int, where: str) -> None:
+        """See `Sampler`.
+
+        Raises:
+            ConfigError: A sample alone exceeds the budget.
+        """
+        super().__init__(cache, stage, seed=seed, window_blocks=window_blocks, where=where)
+        assert stage.tokens_per_batch is not None
+        self._budget = stage.tokens_per_batch
+        self._lengths = cache.num_tokens
+        longest = int(self._lengths[self._selected].max())
+        if longest > self._budget:
+            raise ConfigError(
+                f"stage {stage.name!r} wants {self._budget} tokens a batch, {where} has a sample of "
+                f"{longest}; raise tokens_per_batch"
+            )
+        self._batches = lru_cache(maxsize=2)(self._pack_epoch)
+        self._starts = [0]
+
+    def _pack_epoch(self, epoch: int) -> list[NDArray[np.int64]]:
+        order = self._epoch(epoch)
+        batches = []
+        for start in range(0, len(order), SORTED_TOGETHER):
+            window = order[start : start + SORTED_TOGETHER]
+            window = window[np.argsort(self._lengths[window], kind="stable")]
+            batches += pack(window, self._lengths[window], self._budget)
+        shuffled = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(batches))
+        return [batches[place] for place in shuffled]
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """Return the step's batch; epochs before it are packed to know where it lies."""
+        while self._starts[-1] <= step:
+            self._starts.append(self._starts[-1] + len(self._batches(len(self._starts) - 1)))
+        epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
+        chosen = self._batches(epoch)[step - self._starts[epoch]]
+        return np.stack([np.full(len(chosen), epoch), chosen], axis=1)
+
+    def steps_of(self, epochs: float) -> int:
+        """Return the batches of whole epochs, and a share of the last one's."""
+        whole = [len(self._batches(epoch)) for epoch in range(int(epochs))]
+        rest = epochs - len(whole)
+        return max(1, sum(whole) + (round(rest * len(self._batches(len(whole)))) if rest else 0))
+
+
+def pack(samples: NDArray[np.int64], lengths: NDArray[np.int32], budget: int) -> list[NDArray[np.int64]]:
+    """Cut samples into runs of at most `budget` tokens, greedily and in order.
+
+    Args:
+        samples: [n] sample indices.
+        lengths: [n] their lengths, none above the budget.
+        budget: Real tokens a run.
+    """
+    cuts, total = [], 0
+    for place, length in enumerate(lengths.tolist()):
+        if total + length > budget:
+            cuts.append(place)
+            total = 0
+        total += length
+    return np.split(samples, cuts)
+
+
+def make_sampler(cache: Described, stage: Stage, *, seed: int, window_blocks: int, where: str) -> Sampler:
+    """Return the sampler of a stage: by tokens if it names a budget, else by size.
+
+    Raises:
+        ConfigError: See `Sampler` and `TokenSampler`.
+    """
+    kind = SizeSampler if stage.tokens_per_batch is None else TokenSampler
+    return kind(cache, stage, seed=seed, window_blocks=window_blocks, where=where)
 
 
 def choose_positions(

@@ -33,14 +33,19 @@ class StepReport:
     """Terms before their weights, nats (relation: none)."""
     weighted: Mapping[Term, float]
     """Terms times their weights."""
-    loss: float
-    """Their sum."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float
     """Of this step."""
     num_tokens: int
     """Real tokens of the global batch."""
+    padding_share: float
+    """Share of the computed positions that is padding."""
+
+    @property
+    def loss(self) -> float:
+        """Sum of the weighted terms."""
+        return sum(self.weighted.values())
 
     def values(self) -> dict[str, float]:
         """Return everything by the name it has in the metrics."""
@@ -51,6 +56,7 @@ class StepReport:
             "loss": self.loss,
             "grad_norm": self.grad_norm,
             "learning_rate": self.learning_rate,
+            "padding_share": self.padding_share,
         }
 
 
@@ -94,7 +100,7 @@ class StageTrainer:
         Raises:
             TrainingError: Loss or gradient is not finite; names term, step and samples.
         """
-        counts, num_tokens = self._count(inputs.batches)
+        counts, num_tokens, num_positions = self._count(inputs.batches)
         rate = learning_rate(self._stage, inputs.step, self.planned.num_steps)
         set_learning_rate(self.optimizer, rate)
         torch.manual_seed((self._seed + inputs.step * 8191 + self._accelerator.process_index) % 2**63)
@@ -111,17 +117,25 @@ class StageTrainer:
         self._guard(inputs, terms, float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._report(terms, float(norm), rate, num_tokens)
+        raw = self._sum_terms(terms)
+        return StepReport(
+            raw=raw,
+            weighted={name: self._stage.terms[name] * value for name, value in raw.items()},
+            grad_norm=float(norm),
+            learning_rate=rate,
+            num_tokens=num_tokens,
+            padding_share=1 - num_tokens / num_positions,
+        )
 
-    def _count(self, batches: tuple[Batch, ...]) -> tuple[Counts, int]:
+    def _count(self, batches: tuple[Batch, ...]) -> tuple[Counts, int, int]:
         """Denominators over the global batch, divided by the processes that gradients are averaged over."""
-        local = [(*counts_of(batch), batch.num_tokens) for batch in batches]
+        local = [(*counts_of(batch), batch.num_tokens, batch.num_positions) for batch in batches]
         sums = torch.tensor(local).sum(dim=0)
         size = self._accelerator.num_processes
         if size > 1:
             sums = self._accelerator.reduce(sums.to(self._accelerator.device))
-        rows, visual, images, tokens = sums.tolist()
-        return Counts(rows / size, visual / size, images / size), int(tokens)
+        rows, visual, images, num_tokens, num_positions = sums.tolist()
+        return Counts(rows / size, visual / size, images / size), num_tokens, num_positions
 
     def _guard(self, inputs: StepInput, terms: list[Mapping[Term, Tensor]], norm: float) -> None:
         if math.isfinite(norm):
@@ -139,14 +153,11 @@ class StageTrainer:
             f"or look at the samples; --detect-anomaly names the operation"
         )
 
-    def _report(
-        self, terms: list[Mapping[Term, Tensor]], norm: float, rate: float, num_tokens: int
-    ) -> StepReport:
+    def _sum_terms(self, terms: list[Mapping[Term, Tensor]]) -> dict[Term, float]:
+        """Add up the micro-batches' shares of each term, over all processes."""
         names: list[Term] = list(self._stage.terms)
         zero = torch.zeros((), device=self._accelerator.device)
         sums = torch.stack([sum((each.get(name, zero) for each in terms), start=zero) for name in names])
         if self._accelerator.num_processes > 1:
             sums = self._accelerator.reduce(sums, reduction="mean")
-        raw: dict[Term, float] = dict(zip(names, sums.tolist(), strict=True))
-        weighted = {name: self._stage.terms[name] * value for name, value in raw.items()}
-        return StepReport(raw, weighted, sum(weighted.values()), norm, rate, num_tokens)
+        return dict(zip(names, sums.tolist(), strict=True))

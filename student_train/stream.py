@@ -1,6 +1,6 @@
 """Caches and samples -> a restorable stream of batches, read ahead of the step.
 
-    step ──Sampler──> global batch ──rank──> share ──micro-batches──> records + pixels ──collate──> Batch
+    step ──Sampler──> global batch ──rank──> records + pixels ──micro-batches──> collate ──> Batch
 
     threads    step s+1  s+2  s+3 ...   blocks decoded once, images loaded and checked
     caller     step s                   waits only when the threads are behind
@@ -11,7 +11,7 @@ that started at 0.
 
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,9 +19,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ConfigError
 from common.record import Record
-from student_train.batch import Batch
+from student_train.batch import Batch, without_targets
 from student_train.collate import Example, InputLayout, Wanted, collate
 from student_train.pixels import PixelLoader
 from student_train.recent import Recent
@@ -55,19 +54,14 @@ class Share:
     micro_batch: int | None = None
     """Samples a forward pass; None takes the whole share at once."""
 
-    def split(self, batch: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Return this process's micro-batches of a global batch; every process gets as many.
+    def mine(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return this process's entries of a global batch."""
+        return batch[self.rank :: self.world_size]
 
-        Raises:
-            ConfigError: The batch does not divide among the processes.
-        """
-        if len(batch) % self.world_size:
-            raise ConfigError(
-                f"a global batch of {len(batch)} samples does not divide among {self.world_size} processes; "
-                f"choose a multiple as the stage's batch_size"
-            )
-        mine = batch[self.rank :: self.world_size]
-        return np.array_split(mine, -(-len(mine) // (self.micro_batch or len(mine))))
+    def num_micro_batches(self, num_samples: int) -> int:
+        """Return the forward passes that a global batch takes: as many in every process, or they hang."""
+        largest = -(-num_samples // self.world_size)
+        return -(-largest // (self.micro_batch or largest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +134,14 @@ class Stream:
     def read_step(self, step: int) -> StepInput:
         """Build one step's micro-batches, in the calling thread."""
         began = time.perf_counter()
-        parts = self._share.split(self._sampler.batch(0 if self._first_only else step))
-        batches = tuple(self._collate(part) for part in parts)
-        return StepInput(step, batches, time.perf_counter() - began)
+        whole = self._sampler.batch(0 if self._first_only else step)
+        examples = [self._example(int(epoch), int(index)) for epoch, index in self._share.mine(whole)]
+        num = self._share.num_micro_batches(len(whole))
+        if num > 1:
+            examples.sort(key=lambda example: len(example.record.token_ids))
+        parts = [[examples[row] for row in rows] for rows in np.array_split(range(len(examples)), num)]
+        batches = [self._collate(part) if part else self._idle(whole[0]) for part in parts]
+        return StepInput(step, tuple(batches), time.perf_counter() - began)
 
     def read_steps(self, first: int, stop: int) -> Generator[StepInput]:
         """Yield the steps of `[first, stop)`, read ahead by threads.
@@ -163,9 +162,13 @@ class Stream:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _collate(self, part: NDArray[np.int64]) -> Batch:
-        examples = [self._example(int(epoch), int(index)) for epoch, index in part]
+    def _collate(self, examples: Sequence[Example]) -> Batch:
         return collate(examples, self._layout, self._wanted)
+
+    def _idle(self, entry: NDArray[np.int64]) -> Batch:
+        """A batch without targets, for a process that has no sample left while others still work."""
+        example = self._example(int(entry[0]), int(entry[1]))
+        return without_targets(collate([example], self._layout, self._wanted))
 
     def _example(self, epoch: int, index: int) -> Example:
         record = self._records.record(index)

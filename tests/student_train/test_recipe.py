@@ -4,7 +4,6 @@ from common.errors import ConfigError
 from student_train.recipe import (
     PRESETS,
     STAGES,
-    Stage,
     fit_preset,
     preset_recipe,
     read_recipe,
@@ -29,7 +28,7 @@ def test_defaults_are_the_papers():
 
 def test_tiny_recipe_is_the_studied_one():
     dpt, sft, dft = preset_recipe("cascade", base="tiny", num_levels=1).levels[0]
-    assert [stage.num_steps(9) for stage in (dpt, sft, dft)] == [150, 400, 400]
+    assert [stage.steps for stage in (dpt, sft, dft)] == [150, 400, 400]
     assert (dpt.learning_rate, sft.learning_rate, dft.weight_decay, dft.betas) == (
         6e-3,
         3e-3,
@@ -70,7 +69,7 @@ def test_file_changes_named_stages(tmp_path):
     )
     (first, again), (last,) = read_recipe(path, base="paper").levels
     assert first == STAGES["tiny"]["pt"]
-    assert (again.name, again.steps, again.epochs, again.num_steps(64)) == ("again", None, 2, 4)
+    assert (again.name, again.steps, again.epochs) == ("again", None, 2)
     assert (last.steps, last.divergence.tail, last.terms) == (7, "zero", {"ce": 1})
 
 
@@ -106,9 +105,3 @@ def test_differences_name_every_changed_leaf():
         'stages.1: null -> {"steps": 1}',
     ]
     assert recipe_differences(old, old) == []
-
-
-def test_epochs_round_to_steps():
-    stage = Stage(name="x", trains=("llm",), terms={"ce": 1}, learning_rate=1, batch_size=10, epochs=1.5)
-    assert stage.num_steps(100) == 15
-    assert stage.num_steps(1) == 1

@@ -5,15 +5,17 @@ import pytest
 
 from common.errors import ConfigError
 from student_train.recipe import STAGES
-from student_train.sampling import Sampler, choose_positions, stage_seed
+from student_train.sampling import Sampler, choose_positions, make_sampler, pack, stage_seed
 
 KINDS = ["caption", "qa"] * 13
-CACHE = SimpleNamespace(kinds=KINDS, block_offsets=np.array([0, 6, 14, 26]))
+LENGTHS = np.random.default_rng(0).integers(20, 90, 26).astype(np.int32)
+CACHE = SimpleNamespace(kinds=KINDS, block_offsets=np.array([0, 6, 14, 26]), num_tokens=LENGTHS)
 
 
-def sampler(*, batch_size=4, kinds=("qa",), seed=1, window_blocks=2) -> Sampler:
-    stage = STAGES["tiny"]["sft"].model_copy(update={"batch_size": batch_size, "kinds": kinds})
-    return Sampler(CACHE, stage, seed=seed, window_blocks=window_blocks, where="l1")
+def sampler(*, batch_size=4, tokens=None, kinds=("qa",), seed=1, window_blocks=2) -> Sampler:
+    changes = {"batch_size": batch_size, "tokens_per_batch": tokens, "kinds": kinds}
+    stage = STAGES["tiny"]["sft"].model_copy(update=changes)
+    return make_sampler(CACHE, stage, seed=seed, window_blocks=window_blocks, where="l1")
 
 
 def test_golden_order():
@@ -76,3 +78,56 @@ def test_every_position_is_chosen_equally_often():
 def test_all_positions_when_none_or_too_many_are_asked_for():
     assert choose_positions(5, None, seed=0, epoch=0, sample=0, image=0).tolist() == [0, 1, 2, 3, 4]
     assert choose_positions(5, 9, seed=0, epoch=0, sample=0, image=0).tolist() == [0, 1, 2, 3, 4]
+
+
+def epochs_of(made: Sampler, num: int) -> list[np.ndarray]:
+    """The batches of the first epochs."""
+    batches, step = [], 0
+    while (batch := made.batch(step))[0, 0] < num:
+        batches.append(batch)
+        step += 1
+    return batches
+
+
+def test_token_batches_hold_the_budget_and_every_sample_once_an_epoch():
+    batches = epochs_of(sampler(tokens=200), 3)
+    assert all(LENGTHS[batch[:, 1]].sum() <= 200 for batch in batches)
+    assert all(len(set(batch[:, 0].tolist())) == 1 for batch in batches)
+    entries = np.concatenate(batches)
+    for epoch in range(3):
+        assert sorted(entries[entries[:, 0] == epoch, 1]) == list(range(1, 26, 2))
+
+
+def test_token_batches_are_a_function_of_the_step_alone():
+    used = sampler(tokens=200)
+    found = [used.batch(step).tolist() for step in (7, 0, 3, 7)]
+    assert found == [sampler(tokens=200).batch(step).tolist() for step in (7, 0, 3, 7)]
+    assert sampler(tokens=200, seed=2).batch(0).tolist() != sampler(tokens=200).batch(0).tolist()
+
+
+def test_token_batches_pad_less_than_batches_by_size():
+    def padding(batches):
+        real = sum(LENGTHS[batch[:, 1]].sum() for batch in batches)
+        return 1 - real / sum(LENGTHS[batch[:, 1]].max() * len(batch) for batch in batches)
+
+    by_size = [sampler().batch(step) for step in range(13)]
+    assert padding(epochs_of(sampler(tokens=200), 4)) < 0.7 * padding(by_size)
+
+
+def test_steps_of_epochs():
+    assert sampler(batch_size=4).steps_of(1) == 3
+    assert sampler(batch_size=4).steps_of(2) == 6
+    assert sampler(batch_size=100).steps_of(1) == 1
+    made = sampler(tokens=200)
+    assert made.steps_of(2) == len(epochs_of(made, 2))
+    assert 1 <= made.steps_of(0.5) < made.steps_of(1)
+
+
+def test_a_sample_above_the_budget_is_refused():
+    with pytest.raises(ConfigError, match="wants 50 tokens a batch, l1 has a sample of"):
+        sampler(tokens=50)
+
+
+def test_packing_cuts_in_order():
+    samples, lengths = np.arange(6), np.array([5, 5, 1, 9, 10, 2], np.int32)
+    assert [run.tolist() for run in pack(samples, lengths, 10)] == [[0, 1], [2, 3], [4], [5]]
