@@ -41,3 +41,33 @@ def epoch_order(
 def _generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
     """The generator of one permutation: Philox keyed by what it is for."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, stream]))
+
+
+def shuffle_distance(
+    groups: NDArray[np.int64],
+    block_offsets: NDArray[np.int64],
+    *,
+    window_blocks: int,
+    batch: int,
+    seed: int = 0,
+) -> float:
+    """How much less mixed batches are than under a full permutation; 1 is as good.
+
+    The statistic is the mean number of pairs in a batch that share a group (an image, a topic: what lies
+    together in the data), relative to its expectation under a full permutation. With blocks of S samples
+    and groups inside blocks it is about 1 + (number of blocks) / window_blocks.
+
+    Args:
+        groups: [S] which group each record belongs to.
+        block_offsets: As for `epoch_order`.
+        window_blocks: As for `epoch_order`.
+        batch: Samples a batch.
+        seed: Seed of the order.
+    """
+    order = epoch_order(block_offsets, seed=seed, epoch=0, window_blocks=window_blocks)
+    num_batches = len(order) // batch
+    rows = np.sort(groups[order[: num_batches * batch]].reshape(num_batches, batch), axis=1)
+    same = sum(float((rows[:, lag:] == rows[:, :-lag]).sum()) for lag in range(1, batch))
+    sizes = np.unique(groups, return_counts=True)[1].astype(np.float64)
+    chance = (sizes * (sizes - 1)).sum() / (len(groups) * (len(groups) - 1))
+    return same / (num_batches * batch * (batch - 1) / 2 * chance)

@@ -103,6 +103,8 @@ def open_store(path: str) -> Store:
 class LocalBlob:
     """An open file."""
 
+    _fd = -1
+
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._fd).st_size

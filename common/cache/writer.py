@@ -131,9 +131,8 @@ class CacheWriter:
         except OSError as error:
             if isinstance(error, CacheError):
                 raise
-            raise CacheError(
-                f"part {part} cannot be written to {self.store.name} ({error}); mend the disk, run it again"
-            ) from error
+            where = f"part {part} cannot be written to {self.store.name}"
+            raise CacheError(f"{where} ({error}); mend the disk and run the same command again") from error
         finally:
             shutil.rmtree(working, ignore_errors=True)
 
