@@ -67,9 +67,9 @@ class Demo:
         caches = [word for _, cache in LEVELS for word in ("--cache", cache)]
         matched = "scripts/recipes/pt-sft-sft-matched.toml"
         self.arms = (
-            Arm("PT → SFT", Path("runs/demo-pt-sft"), ("--cache", "zarr/l1", "--recipe", "pt-sft")),
+            Arm("PT-SFT", Path("runs/demo-pt-sft"), ("--cache", "zarr/l1", "--recipe", "pt-sft")),
             Arm(
-                "PT → SFT → SFT, as many steps",
+                "PT-SFT-SFT",
                 Path("runs/demo-pt-sft-sft"),
                 ("--cache", "zarr/l1", "--recipe", matched),
             ),
