@@ -12,9 +12,9 @@ speed. How much of a row is used, and how many ranks it has, stands in the part'
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Packing = Literal["small", "dense", "trend"]
+Packing = Literal["small", "dense", "pairs", "trend"]
 """What a codec should expect: `small` (few or byte-like values), `dense` (values to be entropy coded as they
-are), `trend` (neighbours differ little)."""
+are), `pairs` (as dense, and two numbers in one), `trend` (neighbours differ little)."""
 
 SAMPLE_COLUMNS: Final = ("num_tokens", "num_spans", "num_images", "num_rows", "id_bytes", "kind_bytes")
 """Columns of `sample_columns`; `kind_bytes` is −1 where a sample has no kind."""
@@ -84,7 +84,7 @@ ROW_ARRAYS: Final = (
     ArraySpec("scalar_steps", ("int32",), ("column", "N"), "dense", optional=True),
     ArraySpec("scalars", ("float32",), ("column", "N"), "dense", optional=True),
     ArraySpec("kept", ("uint16", "uint32"), ("N",), "small", optional=True),
-    ArraySpec("level_pairs", ("uint16",), ("pair", "N"), "dense", optional=True),
+    ArraySpec("level_pairs", ("uint16",), ("pair", "N"), "pairs", optional=True),
     ArraySpec("levels", ("uint16", "uint32"), ("K", "N"), "dense", optional=True),
     ArraySpec("logit_bits", ("uint16",), ("K", "N"), "dense", optional=True),
     ArraySpec("logprobs", ("float32",), ("K", "N"), "dense", optional=True),

@@ -82,7 +82,8 @@ class Block:
             sizes["image_hidden_scale"] = np.where(images["hidden_width"] >= 0, images["num_positions"], 0)
         offsets = {}
         for name, counts in sizes.items():
-            ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+            ends = np.zeros(len(counts) + 1, np.int64)
+            np.cumsum(counts, out=ends[1:])
             held = columns[name].shape[-1] if name in columns else 0
             if (counts < 0).any() or ends[-1] != held:
                 raise PartCorrupt(

@@ -126,7 +126,11 @@ def decode_ids(codes: Array, dictionary: Array, sizes: Array, owners: Sequence[i
 
 
 def look_up(dictionary: Array, codes: Array) -> Array:
-    """Entries by code; rows that keep nothing have no dictionary, and id 0."""
+    """Entries by code; rows that keep nothing have no dictionary, and id 0.
+
+    Raises:
+        IndexError: A code is outside the dictionary.
+    """
     if not len(dictionary) and not codes.any():
         return np.zeros(codes.shape, np.int32)
     return dictionary.take(codes)
@@ -200,17 +204,17 @@ def unpair_levels(pairs: NDArray[np.uint16], num_ranks: int) -> NDArray[np.uint1
 
 
 def decode_levels(levels: Array, top: NDArray[np.float32], step: float) -> NDArray[np.float32]:
-    """Log-probs [K, N] from differences [K, N]: top − step · (running sum), in float32.
+    """Log-probs [K, N] from differences [K, N]: each lies step · level below the one before, in float32.
 
-    The running sum stays in the stored type, which the encoder chose wide enough.
+    Exact where the step is a power of two; else rounding adds up to K units in the last place.
     """
     out = SHELF.empty(levels.shape, np.float32)
-    total, scale = np.zeros(levels.shape[1], levels.dtype), np.float32(step)
+    before, scale = top, np.float32(step)
     for level, row in zip(levels, out, strict=True):
-        np.add(total, level, out=total)
-        row[:] = total
+        row[:] = level
         np.multiply(row, scale, out=row)
-        np.subtract(top, row, out=row)
+        np.subtract(before, row, out=row)
+        before = row
     return out
 
 
@@ -224,10 +228,10 @@ def decode_rows_slowly(
     """
     plain, logprobs = codes.copy(), np.empty(levels.shape, np.float32)
     for row in range(levels.shape[1]):
-        total = 0
+        before = np.float32(top[row])
         for rank in range(len(levels)):
-            total += int(levels[rank, row])
-            logprobs[rank, row] = np.float32(top[row]) - np.float32(np.float32(total) * np.float32(step))
+            before = before - np.float32(levels[rank, row]) * np.float32(step)
+            logprobs[rank, row] = before
             if ties and rank >= 2 and levels[rank, row] == 0:
                 plain[rank, row] += plain[rank - 1, row]
     return plain, logprobs

@@ -70,4 +70,5 @@ def shuffle_distance(
     same = sum(float((rows[:, lag:] == rows[:, :-lag]).sum()) for lag in range(1, batch))
     sizes = np.unique(groups, return_counts=True)[1].astype(np.float64)
     chance = (sizes * (sizes - 1)).sum() / (len(groups) * (len(groups) - 1))
-    return same / (num_batches * batch * (batch - 1) / 2 * chance)
+    expected = num_batches * batch * (batch - 1) / 2 * float(chance)
+    return same / expected

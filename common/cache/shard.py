@@ -33,6 +33,7 @@ MAX_CHUNKS: Final = 1 << 20
 """No array has more chunks."""
 
 _CRC_BYTES: Final = 4
+_CRC_RESIDUE: Final = 0x48674BC7  # the CRC-32C of any bytes followed by their own CRC-32C
 _BLOSC_HEADER_BYTES: Final = 16
 _DTYPES: Final = frozenset({"uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64"})
 
@@ -55,12 +56,14 @@ def coding_for(profile: str, dtype: np.dtype[Any], packing: Packing) -> Coding:
     """The coding of an array: pcodec where the profile and the type allow it."""
     if profile == "portable" or dtype.itemsize == 1:
         return Coding("blosc", 5)
+    if packing == "pairs":
+        return Coding("pcodec", 10)
     return Coding("pcodec", 8, "consecutive" if packing == "trend" else "none")
 
 
-def crc32c(data: bytes | memoryview) -> int:
+def crc32c(data: bytes) -> int:
     """CRC-32C of the bytes."""
-    return int(google_crc32c.value(data if isinstance(data, bytes) else bytes(data)))
+    return int(google_crc32c.value(data))
 
 
 def encode_chunk(values: Array, capacity: int, page: int, coding: Coding) -> bytes:
@@ -209,31 +212,33 @@ def parse_array_json(text: bytes, where: str) -> ArrayMeta:
     return meta
 
 
-def decode_chunk(data: bytes | memoryview, meta: ArrayMeta, out: Array, where: str) -> None:
+def decode_chunk(data: bytes, meta: ArrayMeta, out: Array, where: str) -> None:
     """Decode the first values of a chunk into a flat, contiguous buffer of at most its capacity.
 
     Raises:
         PartCorrupt: The checksum or the length is wrong.
     """
-    body = bytes(data[:-_CRC_BYTES])
-    if len(data) <= _CRC_BYTES or crc32c(body) != int.from_bytes(data[-_CRC_BYTES:], "little"):
+    if crc32c(data) != _CRC_RESIDUE:
         raise PartCorrupt(f"{where}: checksum of a chunk is wrong; run `cascache verify`, then {AGAIN}")
     try:
-        whole = _inflate(body, meta, out)
+        whole = inflate(data, meta, out)
     except (RuntimeError, ValueError, TypeError) as error:
         raise PartCorrupt(f"{where}: a chunk does not decode ({error}); {AGAIN}") from error
     if not whole:
         raise PartCorrupt(f"{where}: a chunk holds fewer values than its metadata says; {AGAIN}")
 
 
-def _inflate(body: bytes, meta: ArrayMeta, out: Array) -> bool:
-    """Decode; returns whether `out` was filled. Pcodec stops early at a page's end, which padding begins."""
+def inflate(data: bytes, meta: ArrayMeta, out: Array) -> bool:
+    """The bare decoder: no checksum. Returns whether `out` was filled.
+
+    Pcodec stops at the end of a page, where padding begins, and before the four bytes of checksum.
+    """
     if meta.coding == "pcodec":
-        return int(standalone.simple_decompress_into(body, out).n_processed) == out.size
+        return int(standalone.simple_decompress_into(data, out).n_processed) == out.size
     num_bytes = meta.capacity * meta.dtype.itemsize
-    if len(body) < _BLOSC_HEADER_BYTES or int.from_bytes(body[4:8], "little") != num_bytes:
+    if len(data) < _BLOSC_HEADER_BYTES or int.from_bytes(data[4:8], "little") != num_bytes:
         return False
-    out[:] = np.frombuffer(blosc.decompress(body), meta.dtype)[: out.size]
+    out[:] = np.frombuffer(blosc.decompress(memoryview(data)[:-_CRC_BYTES]), meta.dtype)[: out.size]
     return True
 
 
@@ -262,21 +267,22 @@ class ShardReader:
         if size < tail:
             raise PartCorrupt(f"{self.where} has {size} bytes, its index alone needs {tail}; {AGAIN}")
         raw = self._blob.read(size - tail, tail)
-        if crc32c(raw[:-_CRC_BYTES]) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
+        if crc32c(raw) != _CRC_RESIDUE:
             raise PartCorrupt(f"{self.where}: checksum of the shard index is wrong; {AGAIN}")
         index = [(int(a), int(b)) for a, b in np.frombuffer(raw[:-_CRC_BYTES], "<u8").reshape(-1, 2)]
         if any(offset + length > size - tail for offset, length in index):
             raise PartCorrupt(f"{self.where}: the shard index points outside the file; {AGAIN}")
         return index
 
+    def read_bytes(self, block: int) -> bytes:
+        """A block's chunk as it lies in the file."""
+        offset, size = self._chunks[block]
+        return self._blob.read(offset, size)
+
     def read_block(self, block: int, length: int) -> Array:
         """The first `length` values of a block, checksum verified."""
-        offset, size = self._chunks[block]
-        raw = self._blob.read(offset, size)
-        if len(raw) != size:
-            raise PartCorrupt(f"{self.where} ends early; {AGAIN}")
         out = SHELF.empty((length,), self.meta.dtype)
-        decode_chunk(raw, self.meta, out, self.where)
+        decode_chunk(self.read_bytes(block), self.meta, out, self.where)
         return out
 
     def close(self) -> None:
