@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.cache import codec, states
@@ -15,6 +15,7 @@ def falling_rows(rng, num_rows, topk, spread=3.0):
     return ids.astype(np.int32), logprobs
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(1, 20), st.integers(0, 2**32 - 1), st.booleans())
 def test_ids_come_back(num_rows, topk, seed, by_owner):
     rng = np.random.default_rng(seed)
@@ -32,6 +33,7 @@ def test_frequent_ids_get_small_codes():
     assert codec.build_dictionary(ids).tolist() == [7, 1, 2, 3, 4]
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 30),
     st.integers(1, 17),
@@ -57,6 +59,7 @@ def test_fast_decoding_equals_the_slow_twin(num_rows, topk, seed, step):
         assert np.array_equal(codec.unpair_levels(codec.pair_levels(levels), topk), levels)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 30),
     st.integers(1, 17),
@@ -115,6 +118,7 @@ def test_scalars_keep_minus_infinity_and_refuse_what_is_too_large():
         codec.encode_scalars(np.array([1e9], np.float32), 1 / 16)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**32 - 1))
 def test_factor_keeps_the_relation_within_tolerance(positions, rank, seed):
     rng = np.random.default_rng(seed)
