@@ -4,8 +4,9 @@
     lse_tail = logsumexp of all the others, around the (K+1)-th: never 1 − Σ of the kept
     logsumexp = logaddexp(lse_kept, lse_tail)      log_tail = lse_tail − logsumexp
 
-Costs one pass over the vocabulary for top-k and one exponential per entry and temperature, which a
-plain logsumexp costs too. Runs on whatever device holds the logits.
+Costs about two reads of the logits: one for the largest of every 16 (the K + 1 best lie in the K + 1
+groups with the largest), one for the exponentials. On a CPU a few rows at a time, so that the second
+read finds them in the processor's cache. Nothing is cloned. Runs on whatever device holds the logits.
 
 Axes: N rows, V vocabulary, K kept tokens, H temperatures.
 """
@@ -17,6 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+_GROUP = 16
+_CACHED_LOGITS = 2**19
+"""Logits worked on at a time on a CPU: 2 MB."""
 
 
 class SparseRows(NamedTuple):
@@ -36,7 +41,7 @@ def sparse_rows(logits: Tensor, topk: int, *, temperatures: Sequence[float] = (1
     """Keep the `topk` largest logits of every row and the mass of the rest.
 
     Args:
-        logits: [N, V] of any float dtype; not changed.
+        logits: [N, V] of any float dtype, possibly a view; not changed.
         topk: K, at most V.
         temperatures: H positive temperatures, the first of them 1.
 
@@ -47,29 +52,50 @@ def sparse_rows(logits: Tensor, topk: int, *, temperatures: Sequence[float] = (1
         raise ValueError(f"topk is {topk}, the vocabulary has {logits.shape[-1]} rows")
     if temperatures[0] != 1.0:
         raise ValueError(f"temperatures start with {temperatures[0]}, wanted 1.0")
-    scratch = logits.float() if logits.dtype != torch.float32 else logits.clone()
-    best, ids = scratch.topk(min(topk + 1, scratch.shape[-1]), dim=-1)
+    size = len(logits) if logits.is_cuda else max(1, _CACHED_LOGITS // logits.shape[-1])
+    chunks = [_sparse_rows(rows.float(), topk, temperatures) for rows in logits.split(max(1, size))]
+    return join_rows(chunks)
+
+
+def _sparse_rows(logits: Tensor, topk: int, temperatures: Sequence[float]) -> SparseRows:
+    best, ids = largest(logits, min(topk + 1, logits.shape[-1]))
     kept, ids, pivot = best[:, :topk], ids[:, :topk], best[:, -1:]
-    scratch.scatter_(-1, ids, float("-inf"))
-    tails, sums = zip(*(_normalise(kept, scratch, pivot, each) for each in temperatures), strict=True)
+    pivot = torch.where(pivot.isfinite(), pivot, torch.zeros_like(pivot))
+    scratch = torch.empty_like(logits)
+    tails, sums = [], []
+    for temperature in temperatures:
+        # The kept ones may overflow here: they are taken out before the sum.
+        torch.sub(logits, pivot, out=scratch)
+        if temperature != 1.0:
+            scratch /= temperature
+        scratch.exp_().scatter_(-1, ids, 0.0)
+        tail = scratch.sum(-1).log_() + pivot[:, 0] / temperature
+        total = torch.logaddexp((kept / temperature).logsumexp(-1), tail)
+        tails.append(tail - total)
+        sums.append(total)
     logsumexp = torch.stack(sums, -1)
     logprobs = kept - logsumexp[:, :1]
     token_ids = ids.masked_fill(kept == float("-inf"), 0).to(torch.int32)
     return SparseRows(token_ids, logprobs, torch.stack(tails, -1), logsumexp)
 
 
-def _normalise(kept: Tensor, rest: Tensor, pivot: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N] log tail and [N] logsumexp at one temperature; `rest` holds −inf at the kept ids.
+def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of every row and their ids, [N, count] each: `torch.topk`, in less time.
 
-    The [N, 1] `pivot` is the largest of `rest`, so the tail neither overflows nor vanishes.
+    Only groups with one of the `count` largest maxima can hold one of the `count` largest logits.
+    Small vocabularies, where most groups would be read again, go to `torch.topk` at once.
     """
-    pivot = torch.where(pivot.isfinite(), pivot, torch.zeros_like(pivot))
-    shifted = rest - pivot
-    if temperature != 1.0:
-        shifted /= temperature
-    tail = shifted.exp_().sum(-1).log_() + pivot[:, 0] / temperature
-    total = torch.logaddexp((kept / temperature).logsumexp(-1), tail)
-    return tail - total, total
+    groups = logits.shape[-1] // _GROUP
+    if groups < 4 * count:
+        return torch.topk(logits, count, dim=-1)
+    even = groups * _GROUP
+    maxima = logits[:, :even].unflatten(-1, (_GROUP, groups)).amax(1)
+    chosen = maxima.topk(count, dim=-1, sorted=False).indices
+    members = torch.arange(0, even, groups, device=logits.device)
+    rest = torch.arange(even, logits.shape[-1], device=logits.device).expand(len(logits), -1)
+    ids = torch.cat([(chosen[:, :, None] + members).flatten(1), rest], dim=-1)
+    best, places = logits.gather(-1, ids).topk(count, dim=-1)
+    return best, ids.gather(-1, places)
 
 
 def join_rows(chunks: Iterable[SparseRows]) -> SparseRows:

@@ -40,7 +40,7 @@ from teacher_dump.request import (
     CaptureSettings,
     hash_tokens,
 )
-from teacher_dump.seams import Slice, attach, find_head, mend_pipeline
+from teacher_dump.seams import Slice, attach, find_head, mend_pipeline, real_rows
 
 Rows = NDArray[np.int64]
 
@@ -140,7 +140,7 @@ class CaptureExtension:
             return None
         head = find_head(model)
         with torch.inference_mode():
-            gram = head_gram(head.weight)
+            gram = head_gram(real_rows(head, settings["vocab_size"]))
             return get_tp_group().all_reduce(gram) if getattr(head, "tp_size", 1) > 1 else gram
 
     def cascache_drain(self) -> list[dict[str, Any]]:
@@ -222,11 +222,10 @@ class Capture:
         chunks: list[SparseRows] = []
         for start in range(0, len(rows), self.settings.chunk_rows):
             chunk = _to(rows[start : start + self.settings.chunk_rows], hidden.device)
-            logits = self.model.compute_logits(
-                hidden.index_select(0, chunk)
-            )  # collective: every rank gets here
+            logits = self.model.compute_logits(hidden.index_select(0, chunk))  # collective: every rank joins
             if self.writer:
-                chunks.append(sparse_rows(logits, topk, temperatures=self.settings.temperatures))
+                real = logits[:, : self.settings.vocab_size]
+                chunks.append(sparse_rows(real, topk, temperatures=self.settings.temperatures))
         if not self.writer:
             return
         arrays = [each.cpu().numpy() for each in join_rows(chunks)]

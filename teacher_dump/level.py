@@ -25,15 +25,14 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
     """Refuse what cannot work before anything is loaded.
 
     Raises:
-        ConfigError: K exceeds the vocabulary, or an engine argument is not the user's to set.
+        ConfigError: K exceeds the real vocabulary, or an engine argument is not the user's to set.
         DataError: There are no samples.
     """
     check_arguments(config.engine_arguments)
     for name, topk in (("--topk", config.topk), ("--visual-topk", config.visual_topk or 1)):
-        if topk > teacher.vocab_rows:
+        if topk > teacher.vocab_size:
             raise ConfigError(
-                f"{name} is {topk}, the head of {teacher.ref.name} has {teacher.vocab_rows} rows; "
-                "give at most that"
+                f"{name} is {topk}, {teacher.ref.name} has {teacher.vocab_size} tokens; give at most that"
             )
     if not len(source):
         raise DataError(f"{config.data} holds no samples", reason="empty")
@@ -135,6 +134,7 @@ def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> E
         capture=CaptureSettings(
             topk=capture.topk,
             visual_topk=capture.visual_topk,
+            vocab_size=teacher.vocab_size,
             temperatures=capture.temperatures,
             store=config.relation_store if visual else "none",
             of=config.relation_of,

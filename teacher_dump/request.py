@@ -32,6 +32,8 @@ class CaptureSettings:
     """K at response rows."""
     visual_topk: int
     """K at image rows."""
+    vocab_size: int
+    """Real tokens: rows of the head at and above it are padding and take no part in anything."""
     temperatures: tuple[float, ...] = (1.0,)
     """H temperatures, the first of them 1."""
     store: Literal["factor", "hidden", "both", "none"] = "factor"

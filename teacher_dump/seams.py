@@ -144,6 +144,20 @@ def find_head(model: Any) -> Any:
     return head
 
 
+def real_rows(head: Any, vocab_size: int) -> Tensor:
+    """[rows, D] rows of a head (or of this rank's shard of it) that stand for real tokens.
+
+    Args:
+        head: From `find_head`.
+        vocab_size: Real tokens of the whole head.
+    """
+    shard = getattr(head, "shard_indices", None)
+    start = shard.org_vocab_start_index if shard else 0
+    stop = shard.org_vocab_end_index if shard else len(head.weight)
+    weight: Tensor = head.weight
+    return weight[: max(0, min(vocab_size, stop) - start)]
+
+
 def _need(owner: Any, path: str) -> Any:
     for name in path.split("."):
         if not hasattr(owner, name):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.topk import dense_logprobs, join_rows, kept_mass, raw_logits, sparse_rows
+from common.topk import dense_logprobs, join_rows, kept_mass, largest, raw_logits, sparse_rows
 
 TEMPERATURES = (1.0, 2.0, 0.5)
 
@@ -81,6 +81,26 @@ def test_ids_fall_by_logit_and_the_input_is_left_alone():
     assert torch.equal(logits, before)
     assert bool((found.logprobs.diff(dim=-1) <= 0).all())
     assert torch.equal(logits.gather(-1, found.token_ids.long()).argmax(-1), torch.zeros(8, dtype=torch.long))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(2000, 5000), st.integers(1, 9))
+def test_two_stage_topk_equals_torch_topk(rows: int, count: int, vocab: int, distinct: int):
+    """Also where many logits are equal, in views, and beyond the last whole group."""
+    continuous = logits_of(rows, vocab + 3, seed=vocab)
+    for logits in (continuous[:, :vocab], continuous[:, :vocab].mul(distinct).round()):
+        values, ids = largest(logits, count)
+        torch.testing.assert_close(values, logits.topk(count, dim=-1).values, rtol=0, atol=0)
+        torch.testing.assert_close(logits.gather(-1, ids), values, rtol=0, atol=0)
+        assert all(len(set(row)) == count for row in ids.tolist())
+
+
+def test_padding_outside_a_view_takes_no_part():
+    padded = logits_of(6, 4000)
+    padded[:, 3900:] = 1e4
+    found, wanted = (sparse_rows(each, 8) for each in (padded[:, :3900], padded[:, :3900].clone()))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])

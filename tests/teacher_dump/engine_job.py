@@ -15,7 +15,12 @@ TOPK = 64
 
 def settings(model: Path, **changes: Any) -> EngineSettings:
     capture = CaptureSettings(
-        topk=TOPK, visual_topk=TOPK, temperatures=(1.0, 2.0), store="both", chunk_rows=19
+        topk=TOPK,
+        visual_topk=TOPK,
+        vocab_size=len(load_processor(str(model)).tokenizer),
+        temperatures=(1.0, 2.0),
+        store="both",
+        chunk_rows=19,
     )
     return replace(
         EngineSettings(str(model), None, "float32", 1024, capture, inside=True, max_num_seqs=16), **changes
@@ -34,13 +39,14 @@ def capture(models: Path, family: str, batched: str) -> dict[str, Any]:
 
 
 def _prompt_logprobs(engine: Engine, item: Any) -> list[dict[int, float]]:
+    """Of every position, the log-probabilities of all rows of the head."""
     from vllm import SamplingParams
 
     prompt = {
         "prompt_token_ids": item.prompt.prompt_ids.tolist(),
         "multi_modal_data": {"image": list(item.pixels)},
     }
-    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=TOPK)
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, prompt_logprobs=-1)
     output = engine._llm.generate([prompt], params, use_tqdm=False)[0]
     return [{token: each.logprob for token, each in (row or {}).items()} for row in output.prompt_logprobs]
 
