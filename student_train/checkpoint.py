@@ -112,9 +112,7 @@ class Checkpoints:
 def trained_weights(student: Student, parts: Collection[str]) -> dict[str, Tensor]:
     """Return the weights of the given parts by name, shared ones once."""
     return {
-        name: value.detach()
-        for name, value in student.model.named_parameters()
-        if student.part_of(name) in parts
+        name: value.detach() for name, value in student.named_parameters() if student.part_of(name) in parts
     }
 
 

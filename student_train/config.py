@@ -56,6 +56,8 @@ class TrainConfig(Frozen):
     """Stop after this many steps in all; the same command without it goes on."""
     overfit_one_batch: bool = False
     """Debugging: every step of a stage sees the stage's first batch."""
+    term_gradients: int | None = Field(None, ge=1)
+    """Debugging: every so many steps, log how hard each term pulls at the hidden states (`pull/...`)."""
     profile: bool = False
     """Debugging: write a torch profiler trace of a few steps to the run directory."""
     detect_anomaly: bool = False

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError, MismatchError
 from student_train.batch import Batch
+from student_train.losses.balance import UncertaintyWeights
 from student_train.losses.objective import Counts, Objective, Outcome
 from student_train.losses.rows import Head
 from student_train.recipe import ModulePart
 
-Part = Literal["tower", "projector", "llm"]
+Part = Literal["tower", "projector", "llm", "balance"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class Student(nn.Module):
         super().__init__()
         self.model: Any = model
         self.path = path
+        self.balance: UncertaintyWeights | None = None
         self.family = family_of(model.config.model_type, path)
         text = model.config.get_text_config()
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
@@ -143,19 +145,22 @@ class Student(nn.Module):
                 )
 
     def part_of(self, name: str) -> Part:
-        """Return which part a parameter of the wrapped model belongs to."""
-        if name.startswith(self.family.projector):
+        """Return which part a parameter belongs to, by its name in `named_parameters()`."""
+        inner = name.removeprefix("model.")
+        if name.startswith("balance."):
+            return "balance"
+        if inner.startswith(self.family.projector):
             return "projector"
-        return "tower" if name.startswith(self.family.tower) else "llm"
+        return "tower" if inner.startswith(self.family.tower) else "llm"
 
     def parameters_of(self, part: Part) -> Iterator[nn.Parameter]:
         """Yield a part's parameters, shared ones once."""
-        return (value for name, value in self.model.named_parameters() if self.part_of(name) == part)
+        return (value for name, value in self.named_parameters() if self.part_of(name) == part)
 
     def freeze_but(self, trains: tuple[ModulePart, ...]) -> None:
         """Let the named parts learn and nothing else; the tower stays in evaluation mode."""
-        for name, value in self.model.named_parameters():
-            value.requires_grad_(self.part_of(name) in trains)
+        for name, value in self.named_parameters():
+            value.requires_grad_(self.part_of(name) in (*trains, "balance"))
             value.grad = None
         self.train()
 

@@ -57,6 +57,8 @@ class Stage(Frozen):
     """Largest gradient norm."""
     divergence: Divergence = Divergence()
     """What `response_kl` and `visual_kl` measure, and what becomes of the mass outside the kept ids."""
+    learned_weights: tuple[Term, ...] = ()
+    """Terms that also learn a factor of their own (uncertainty weighting), on top of their weight."""
     visual_positions_per_image: int | None = Field(None, ge=1)
     """Random subset of each image's cached positions that `visual_kl` uses; None means all."""
 
@@ -64,6 +66,15 @@ class Stage(Frozen):
     def _length_is_given_once(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError(f"stage {self.name!r} needs either epochs or steps, found {_lengths(self)}")
+        return self
+
+    @model_validator(mode="after")
+    def _learned_weights_are_of_terms(self) -> Self:
+        unknown = [term for term in self.learned_weights if term not in self.terms]
+        if unknown:
+            raise ValueError(
+                f"stage {self.name!r} learns weights of {unknown}, its terms are {list(self.terms)}"
+            )
         return self
 
     def selects(self, kind: str | None) -> bool:

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from common.errors import TrainingError
 from student_train.batch import Batch
+from student_train.losses.balance import UncertaintyWeights
 from student_train.losses.objective import Counts, Objective, counts_of
+from student_train.losses.rows import Head
 from student_train.losses.terms import RelationTerm, Term
 from student_train.model import Student
 from student_train.optim import learning_rate, make_optimizer, set_learning_rate
@@ -90,7 +92,11 @@ class StageTrainer:
         self._accelerator = accelerator
         self._vocab_size = vocab_size
         self._seed = stage_seed(seed, planned.level, planned.number)
-        self._objective = Objective(self._stage.terms, divergence=self._stage.divergence, relation=relation)
+        learned = self._stage.learned_weights
+        student.balance = UncertaintyWeights(learned) if learned else None
+        self._objective = Objective(
+            self._stage.terms, divergence=self._stage.divergence, relation=relation, balance=student.balance
+        )
         self.module, self.optimizer = accelerator.prepare(student, make_optimizer(student, self._stage))
         self._trained = [value for value in self.module.parameters() if value.requires_grad]
 
@@ -120,7 +126,7 @@ class StageTrainer:
         raw = self._sum_terms(terms)
         return StepReport(
             raw=raw,
-            weighted={name: self._stage.terms[name] * value for name, value in raw.items()},
+            weighted={name: self._weight(name) * value for name, value in raw.items()},
             grad_norm=float(norm),
             learning_rate=rate,
             num_tokens=num_tokens,
@@ -152,6 +158,23 @@ class StageTrainer:
             f"{'; '.join(found) or f'every term is finite, samples {samples}'}; lower the learning rate, "
             f"or look at the samples; --detect-anomaly names the operation"
         )
+
+    def _weight(self, term: Term) -> float:
+        """Weight times learned factor, after the step."""
+        balance, weight = self.student.balance, self._stage.terms[term]
+        return (
+            weight * float(balance.factors()[term].detach()) if balance and term in balance.terms else weight
+        )
+
+    @torch.no_grad()
+    def pulls(self, inputs: StepInput) -> dict[str, float]:
+        """Return how hard each term pulls at the hidden states of the first micro-batch, as `pull/term`."""
+        batch = inputs.batches[0].to(self._accelerator.device)
+        head = Head(self.student.head_weight, self.student.head_bias, self._vocab_size)
+        hidden = self.student.hidden(batch.inputs)
+        with torch.enable_grad():
+            norms = self._objective.gradient_norms(hidden, head, batch)
+        return {f"pull/{term}": float(norm) for term, norm in norms.items()}
 
     def _sum_terms(self, terms: list[Mapping[Term, Tensor]]) -> dict[Term, float]:
         """Add up the micro-batches' shares of each term, over all processes."""

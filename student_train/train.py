@@ -10,7 +10,7 @@ moment, the same command goes on from the last checkpoint and ends with the same
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from types import TracebackType
 from typing import Any, Self
@@ -56,7 +56,8 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Summary:
         for number, planned in run.stages_left():
             trainer = run.begin(number, planned)
             for inputs, wait_seconds in run.read(planned):
-                run.record(trainer, trainer.step(inputs), inputs.step, wait_seconds)
+                pulls = run.pulls(trainer, inputs)
+                run.record(trainer, trainer.step(inputs), inputs.step, pulls | {"wait_seconds": wait_seconds})
                 if run.stopped:
                     return run.summarise()
         run.save_model()
@@ -89,15 +90,19 @@ class Run:
         done = Cursor(len(plan.stages), 0, plan.total_steps) if self.directory.finished else Cursor()
         self.cursor = found.cursor if found else done
         self._started_at = self.cursor.total_steps
-        self._optimizer_state: dict[str, torch.Tensor] = {}
+        self._balance: dict[str, torch.Tensor] = {}
+        self._moments: dict[str, torch.Tensor] = {}
         self.student: Student | None = None
         if not self.directory.finished:
             self.student = load_student(plan.student.path_or_id, revision=plan.student.revision)
             if config.gradient_checkpointing:
                 self.student.recompute_activations()
             if found:
-                weights, self._optimizer_state = load_tensors(found)
-                put_weights(self.student.model, weights)
+                weights, self._moments = load_tensors(found)
+                self._balance = {
+                    name: weights.pop(name) for name in list(weights) if name.startswith("balance.")
+                }
+                put_weights(self.student, weights)
         self.metrics = Metrics(
             self.directory.metrics if self._is_main else None,
             log_steps=config.log_steps,
@@ -155,8 +160,9 @@ class Run:
             vocab_size=self._vocab_size(planned),
             seed=self.plan.config.seed,
         )
-        load_optimizer_state(trainer.optimizer.optimizer, self.student.model, self._optimizer_state)
-        self._optimizer_state = {}
+        put_weights(self.student, self._balance)
+        load_optimizer_state(trainer.optimizer.optimizer, self.student, self._moments)
+        self._balance, self._moments = {}, {}
         self._bar.set_description(planned.name)
         self._step_began = time.perf_counter()
         return trainer
@@ -195,8 +201,22 @@ class Run:
             first_batch_only=config.overfit_one_batch,
         )
 
-    def record(self, trainer: StageTrainer, report: StepReport, step: int, wait_seconds: float) -> None:
-        """Move the cursor past a step; write metrics and, when it is time, a checkpoint."""
+    def pulls(self, trainer: StageTrainer, inputs: StepInput) -> dict[str, float]:
+        """Return each term's pull when `--term-gradients` asks for it at this step."""
+        every = self.plan.config.term_gradients
+        return trainer.pulls(inputs) if every and self.cursor.total_steps % every == 0 else {}
+
+    def record(
+        self, trainer: StageTrainer, report: StepReport, step: int, extra: Mapping[str, float]
+    ) -> None:
+        """Move the cursor past a step; write metrics and, when it is time, a checkpoint.
+
+        Args:
+            trainer: The stage's.
+            report: What the step was like.
+            step: Its number within the stage.
+            extra: Further values to log; `wait_seconds` is the time waited for data.
+        """
         planned, config = trainer.planned, self.plan.config
         ends_stage = step + 1 == planned.num_steps
         total = self.cursor.total_steps + 1
@@ -209,7 +229,7 @@ class Run:
         seconds, self._step_began = now - self._step_began, now
         speed = {
             "tokens_per_second": report.num_tokens / seconds,
-            "data_wait_share": wait_seconds / seconds,
+            "data_wait_share": extra["wait_seconds"] / seconds,
             "step_seconds": seconds,
         }
         where: Line = {
@@ -218,7 +238,7 @@ class Run:
             "step": step + 1,
             "total_step": total,
         }
-        self.metrics.add(report.values() | speed, where=where)
+        self.metrics.add({**report.values(), **extra, **speed}, where=where)
         if ends_stage or self.stopped:
             self.metrics.flush(where)
         self._bar.update()
@@ -228,12 +248,14 @@ class Run:
             self._save_checkpoint(trainer, ends_stage=ends_stage)
 
     def _save_checkpoint(self, trainer: StageTrainer, *, ends_stage: bool) -> None:
+        """A finished stage leaves its weights; an unfinished one its optimiser and learned factors too."""
         if self._is_main:
-            last = self.cursor.stage if not ends_stage else self.cursor.stage - 1
-            parts = {part for planned in self.plan.stages[: last + 1] for part in planned.stage.trains}
-            moments = (
-                {} if ends_stage else optimizer_state(trainer.optimizer.optimizer, trainer.student.model)
-            )
+            done = self.plan.stages[: self.cursor.stage + (not ends_stage)]
+            parts: set[str] = {part for each in done for part in each.stage.trains}
+            moments: dict[str, torch.Tensor] = {}
+            if not ends_stage:
+                parts.add("balance")
+                moments = optimizer_state(trainer.optimizer.optimizer, trainer.student)
             self._checkpoints.save(self.cursor, trained_weights(trainer.student, parts), moments)
         self.accelerator.wait_for_everyone()
 

@@ -24,7 +24,7 @@ def directories(tmp_path_factory):
 @pytest.mark.parametrize("family", BUILT)
 def test_every_weight_belongs_to_the_right_part(directories, family):
     student = load_student(str(directories[family]))
-    names = [name for name, _ in student.model.named_parameters()]
+    names = [name for name, _ in student.named_parameters()]
     parts = {part: [n for n in names if student.part_of(n) == part] for part in ("tower", "projector", "llm")}
     assert all(parts.values())
     assert all("language_model" in name or "lm_head" in name for name in parts["llm"])
@@ -37,13 +37,13 @@ def test_every_weight_belongs_to_the_right_part(directories, family):
 def test_stages_train_what_they_say_and_nothing_else(directories, family, trains):
     student = load_student(str(directories[family]))
     student.freeze_but(trains)
-    before = {name: value.detach().clone() for name, value in student.model.named_parameters()}
+    before = {name: value.detach().clone() for name, value in student.named_parameters()}
     inputs = one_image(directories[family], student)
     optimizer = torch.optim.SGD([v for v in student.parameters() if v.requires_grad], lr=0.1)
     hidden = student.hidden(inputs)
     (hidden @ student.head_weight.T).logsumexp(-1).mean().backward()
     optimizer.step()
-    changed = {student.part_of(n) for n, v in student.model.named_parameters() if not v.equal(before[n])}
+    changed = {student.part_of(n) for n, v in student.named_parameters() if not v.equal(before[n])}
     assert changed == set(trains)
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from common.errors import TrainingError
 from student_train.model import Student, load_student
-from student_train.train import train
+from student_train.train import Run, train
 from tests.student_train.conftest import STUDENT
 
 
@@ -84,18 +84,16 @@ def test_the_first_stage_leaves_the_language_model_alone(config):
     saved = load_file(checkpoint / "weights.safetensors")
     start = load_student(STUDENT)
     assert {start.part_of(name) for name in saved} == {"projector"}
-    assert not any(saved[n].equal(v) for n, v in start.model.named_parameters() if n in saved)
+    assert not any(saved[n].equal(v) for n, v in start.named_parameters() if n in saved)
 
 
 def test_the_tower_never_changes(whole):
     start, end = load_student(STUDENT), load_student(whole["model"])
-    towers = {name: value for name, value in start.model.named_parameters() if start.part_of(name) == "tower"}
-    ends = dict(end.model.named_parameters())
+    towers = {name: value for name, value in start.named_parameters() if start.part_of(name) == "tower"}
+    ends = dict(end.named_parameters())
     assert all(ends[name].equal(value) for name, value in towers.items())
     assert not any(
-        ends[n].equal(v)
-        for n, v in start.model.named_parameters()
-        if "mlp" in n and start.part_of(n) == "llm"
+        ends[n].equal(v) for n, v in start.named_parameters() if "mlp" in n and start.part_of(n) == "llm"
     )
 
 
@@ -109,6 +107,40 @@ def test_stopping_anywhere_changes_nothing(config, whole, stop):
     assert [[line.get(n) for n in names] for line in lines(config.out)] == [
         [line.get(n) for n in names] for line in lines(whole["out"])
     ]
+
+
+def test_a_run_killed_before_the_model_was_saved_saves_it(config, whole, monkeypatch):
+    def killed(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert train(config)["finished"]
+    assert same(weights(config.out), weights(whole["out"]))
+
+
+def test_learned_weights_are_resumed_and_reported(config, tmp_path):
+    recipe = tmp_path / "learned.toml"
+    recipe.write_text(
+        'base = "tiny"\n[[levels]]\n'
+        'stages = [{name = "dft", steps = 6, batch_size = 4, learned_weights = ["ce", "relation"]}]'
+    )
+    whole = config.model_copy(update={"recipe": str(recipe), "term_gradients": 2})
+    parts = whole.model_copy(update={"out": str(tmp_path / "parts")})
+    train(whole)
+    train(parts.model_copy(update={"max_steps": 3}))
+    train(parts)
+    assert same(weights(whole.out), weights(parts.out))
+    first, second = lines(whole.out)[:2]
+    assert {name for name in first if name.startswith("pull/")} == {
+        f"pull/{term}" for term in ("ce", "response_kl", "visual_kl", "relation")
+    }
+    assert not any(name.startswith("pull/") for name in second)
+    last = lines(whole.out)[-1]
+    assert last["weighted/response_kl"] == pytest.approx(last["raw/response_kl"])
+    assert abs(last["weighted/ce"] / last["raw/ce"] - 1) > 1e-4
 
 
 def test_a_finished_run_is_left_as_it_is(config, whole):
