@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import TrainingError
 from student_train.metrics import write_json
@@ -116,6 +117,19 @@ def trained_weights(student: Student, parts: Collection[str]) -> dict[str, Tenso
     }
 
 
+def gather(value: Tensor) -> Tensor:
+    """Return a whole tensor: itself, or all shards of a distributed one."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor on the device of another, sharded as that one is."""
+    value = value.to(like.device)
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements)
+
+
 def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into a module's parameters, by name.
 
@@ -129,11 +143,13 @@ def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 raise TrainingError(
                     f"the checkpoint holds {name} {tuple(value.shape)}, the student has no such weight"
                 )
-            parameters[name].copy_(value)
+            parameters[name].copy_(shard_like(value, parameters[name]))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """Return an optimiser's tensors as `weight name|state name`.
+
+    Every process calls it: sharded moments (FSDP) are gathered.
 
     Args:
         optimizer: One that has taken a step.
@@ -141,7 +157,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict
     """
     names = {id(value): name for name, value in module.named_parameters()}
     return {
-        f"{names[id(parameter)]}|{key}": torch.as_tensor(value)
+        f"{names[id(parameter)]}|{key}": gather(torch.as_tensor(value))
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
@@ -155,8 +171,7 @@ def load_optimizer_state(
     for key, tensor in tensors.items():
         name, _, field = key.rpartition("|")
         parameter = parameters[name]
-        place = parameter.device if tensor.ndim else tensor.device
-        optimizer.state[parameter][field] = tensor.to(place)
+        optimizer.state[parameter][field] = shard_like(tensor, parameter) if tensor.ndim else tensor
 
 
 def load_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -5,6 +5,7 @@ student-train eval --model runs/x/model --data held.json    answer held-out ques
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -46,9 +47,9 @@ def _train(arguments: list[str]) -> int:
     if config.dry_run:
         print(plan.describe())
         return 0
-    print(f"student-train: {plan.choices()}", file=sys.stderr)
-    for note in plan.notes:
-        print(f"student-train: note: {note}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        for line in (plan.choices(), *(f"note: {note}" for note in plan.notes)):
+            print(f"student-train: {line}", file=sys.stderr)
     from student_train.train import train
 
     summary = train(config, plan)

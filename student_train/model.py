@@ -248,7 +248,14 @@ def load_student(path: str, *, revision: str | None = None, dtype: torch.dtype =
     return Student(model, path)
 
 
-def save_student(student: Student, processor: Any, directory: Path, *, card: str) -> None:
+def save_student(
+    student: Student,
+    processor: Any,
+    directory: Path,
+    *,
+    card: str,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
     """Write a model directory that transformers' auto classes, the processor and vLLM load.
 
     It is written under a temporary name and renamed, so a directory that exists is whole.
@@ -258,6 +265,7 @@ def save_student(student: Student, processor: Any, directory: Path, *, card: str
         processor: The processor it was trained with.
         directory: Where to; must not exist.
         card: Text of its README.md.
+        weights: The model's state, where it has been gathered from several processes.
     """
     if directory.exists():
         raise MismatchError(f"{directory} exists already; move it away to save the model there")
@@ -265,7 +273,7 @@ def save_student(student: Student, processor: Any, directory: Path, *, card: str
     tokenizer, generation = processor.tokenizer, student.model.generation_config
     generation.eos_token_id = generation.eos_token_id or tokenizer.eos_token_id
     generation.pad_token_id = generation.pad_token_id or tokenizer.pad_token_id
-    student.model.save_pretrained(temporary)
+    student.model.save_pretrained(temporary, state_dict=weights)
     processor.save_pretrained(temporary)
     if student.family.hub_tower:
         _rename_tower(temporary, student.family.hub_tower)

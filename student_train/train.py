@@ -21,6 +21,7 @@ from student_train.card import model_card
 from student_train.checkpoint import (
     Checkpoints,
     Cursor,
+    gather,
     load_optimizer_state,
     load_tensors,
     optimizer_state,
@@ -249,22 +250,26 @@ class Run:
 
     def _save_checkpoint(self, trainer: StageTrainer, *, ends_stage: bool) -> None:
         """A finished stage leaves its weights; an unfinished one its optimiser and learned factors too."""
+        done = self.plan.stages[: self.cursor.stage + (not ends_stage)]
+        parts: set[str] = {part for each in done for part in each.stage.trains}
+        moments: dict[str, torch.Tensor] = {}
+        if not ends_stage:
+            parts.add("balance")
+            moments = optimizer_state(trainer.optimizer.optimizer, trainer.student)
+        weights = trained_weights(trainer.student, parts)
         if self._is_main:
-            done = self.plan.stages[: self.cursor.stage + (not ends_stage)]
-            parts: set[str] = {part for each in done for part in each.stage.trains}
-            moments: dict[str, torch.Tensor] = {}
-            if not ends_stage:
-                parts.add("balance")
-                moments = optimizer_state(trainer.optimizer.optimizer, trainer.student)
-            self._checkpoints.save(self.cursor, trained_weights(trainer.student, parts), moments)
+            self._checkpoints.save(self.cursor, weights, moments)
         self.accelerator.wait_for_everyone()
 
     def save_model(self) -> None:
         """Write the finished student with its card, and drop the checkpoints."""
-        if self._is_main and not self.directory.finished:
-            assert self.student is not None
+        if self.directory.finished:
+            return
+        assert self.student is not None
+        weights = {name: gather(value) for name, value in self.student.model.state_dict().items()}
+        if self._is_main:
             card = model_card(self.plan, dict(self.metrics.last))
-            save_student(self.student, self.plan.processor, self.directory.model, card=card)
+            save_student(self.student, self.plan.processor, self.directory.model, card=card, weights=weights)
             self._checkpoints.forget()
         self.accelerator.wait_for_everyone()
 
