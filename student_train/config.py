@@ -34,6 +34,8 @@ class TrainConfig(Frozen):
     """Real tokens an optimiser step, instead of the recipe's batch sizes: less padding for ragged samples."""
     precision: Precision = "fp32"
     """Arithmetic of the forward pass; weights and loss sums stay float32."""
+    lora_rank: int | None = Field(None, ge=1)
+    """Train adapters of this rank instead of the whole language model; they are merged into the result."""
     gradient_checkpointing: bool = False
     """Recompute the language model's activations in the backward pass: less memory, a third more time."""
     device: Literal["auto", "cpu"] = "auto"

@@ -23,7 +23,8 @@ from student_train.losses.objective import Counts, Objective, Outcome
 from student_train.losses.rows import Head
 from student_train.recipe import ModulePart
 
-Part = Literal["tower", "projector", "llm", "balance"]
+Part = Literal["tower", "projector", "llm", "base", "balance"]
+"""`base` is the language model under adapters: frozen, while the adapters are the `llm` that trains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,7 @@ class Student(nn.Module):
         self.model: Any = model
         self.path = path
         self.balance: UncertaintyWeights | None = None
+        self._adapters: Any = None
         self.family = family_of(model.config.model_type, path)
         text = model.config.get_text_config()
         for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
@@ -151,7 +153,9 @@ class Student(nn.Module):
             return "balance"
         if inner.startswith(self.family.projector):
             return "projector"
-        return "tower" if inner.startswith(self.family.tower) else "llm"
+        if inner.startswith(self.family.tower):
+            return "tower"
+        return "llm" if self._adapters is None or ".lora_" in name else "base"
 
     def parameters_of(self, part: Part) -> Iterator[nn.Parameter]:
         """Yield a part's parameters, shared ones once."""
@@ -212,6 +216,36 @@ class Student(nn.Module):
             trained = [value for value in self.parameters_of("projector") if value.requires_grad]
             hidden = hidden + sum((value.sum() * 0 for value in trained), start=hidden.new_zeros(()))
         return hidden
+
+    def add_adapters(self, rank: int, *, seed: int) -> None:
+        """Put low-rank adapters on every linear layer of the language model; the layers themselves freeze.
+
+        Args:
+            rank: Of each adapter; its scale is 2.
+            seed: Of its random half.
+
+        Raises:
+            ConfigError: peft is not installed.
+        """
+        try:
+            from peft import LoraConfig
+            from peft.tuners.lora import LoraModel
+        except ImportError as error:
+            raise ConfigError("--lora-rank needs peft; install cascache[lora]") from error
+        layers = [
+            name
+            for name, layer in self.model.named_modules()
+            if name.startswith("model.language_model.") and isinstance(layer, nn.Linear)
+        ]
+        torch.manual_seed(seed)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
+        self._adapters = (LoraModel(self.model, config, "default"),)
+
+    def merge_adapters(self) -> None:
+        """Add the adapters into the layers and take them off: what is left is a plain model."""
+        if self._adapters is not None:
+            self.model = self._adapters[0].merge_and_unload()
+            self._adapters = None
 
     def recompute_activations(self) -> None:
         """Trade time for memory: recompute the language model's activations in the backward pass."""

@@ -108,6 +108,7 @@ class Plan:
             "seed": self.config.seed,
             "precision": self.config.precision,
             "shuffle_blocks": self.config.shuffle_blocks,
+            "lora_rank": self.config.lora_rank,
             "overfit_one_batch": self.config.overfit_one_batch,
         }
 

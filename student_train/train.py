@@ -96,6 +96,8 @@ class Run:
         self.student: Student | None = None
         if not self.directory.finished:
             self.student = load_student(plan.student.path_or_id, revision=plan.student.revision)
+            if config.lora_rank is not None:
+                self.student.add_adapters(config.lora_rank, seed=config.seed)
             if config.gradient_checkpointing:
                 self.student.recompute_activations()
             if found:
@@ -266,6 +268,7 @@ class Run:
         if self.directory.finished:
             return
         assert self.student is not None
+        self.student.merge_adapters()
         weights = {name: gather(value) for name, value in self.student.model.state_dict().items()}
         if self._is_main:
             card = model_card(self.plan, dict(self.metrics.last))

@@ -143,6 +143,25 @@ def test_learned_weights_are_resumed_and_reported(config, tmp_path):
     assert abs(last["weighted/ce"] / last["raw/ce"] - 1) > 1e-4
 
 
+def test_adapters_resume_and_end_as_a_plain_model(config, tmp_path):
+    pytest.importorskip("peft")
+    adapted = config.model_copy(update={"lora_rank": 4})
+    parts = adapted.model_copy(update={"out": str(tmp_path / "parts")})
+    train(adapted)
+    for stop in (2, 9):
+        train(parts.model_copy(update={"max_steps": stop}))
+    assert "lora_A" in str(load_file(next((tmp_path / "parts").rglob("weights.safetensors"))).keys())
+    train(parts)
+    assert same(weights(adapted.out), weights(parts.out))
+    start = load_student(STUDENT)
+    end = dict(load_student(str(Path(adapted.out) / "model")).named_parameters())
+    assert end.keys() == dict(start.named_parameters()).keys()
+    change = {name: (end[name] - value).detach() for name, value in start.named_parameters()}
+    layer = change["model.model.language_model.layers.0.mlp.up_proj.weight"]
+    assert 1 <= torch.linalg.matrix_rank(layer, atol=1e-5) <= 4
+    assert not change["model.model.language_model.embed_tokens.weight"].any()
+
+
 def test_a_finished_run_is_left_as_it_is(config, whole):
     again = config.model_copy(
         update={"out": whole["out"], "recipe": str(Path(whole["out"]).parent / "recipe.toml")}
