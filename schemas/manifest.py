@@ -91,6 +91,10 @@ class Capture(Frozen):
     """Seed of every random choice the dump makes."""
     responses: Literal["data", "teacher"] = "data"
     """Teacher-forced on the data's responses, or on the teacher's own."""
+    response_temperature: float = Field(0.0, ge=0)
+    """Temperature the teacher's own responses were drawn at; 0 takes the likeliest token."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest response of the teacher's own; None for the data's."""
     max_len: int = Field(4096, ge=2)
     """Longest expanded sequence dumped."""
 
