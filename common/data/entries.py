@@ -5,6 +5,8 @@ r"""One entry of a data file → one `Sample`: LLaVA conversations and chat mess
                                         │
                 Sample(images=(a.png,), turns=(Turn("user", (0, "What?")), ...))
 
+Entries without a response, and images without any text, are read too: a teacher may answer them.
+
 An `<image>` mark inside text, and an image part that names no file, both take the next image of the
 entry's own list. Line breaks next to a mark belong to the mark: chat templates write their own.
 """
@@ -61,12 +63,15 @@ def to_sample(entry: object, *, sample_id: str, where: str) -> Sample:
         where: File and place, for messages.
 
     Raises:
-        DataError: `entry`: no such mapping; `turns`: unknown speakers or no response; `image-marks`:
+        DataError: `entry`: no such mapping; `turns`: unknown speakers or no turn; `image-marks`:
             marks and images do not match; `empty-response`; `image-remote`; `image-reference`.
     """
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}: found {_kind_of(entry)}, wanted an object", reason="entry")
-    reading = _Reading(list(_own_images(entry)), where)
+    own = tuple(_own_images(entry))
+    if own and entry.get("conversations") is None and entry.get("messages") is None:
+        return Sample(sample_id=sample_id, images=own, turns=())
+    reading = _Reading(list(own), where)
     turns = tuple(reading.turn(number, turn) for number, turn in enumerate(_turns(entry, where)))
     reading.check_all_used()
     _check_responses(turns, where)
@@ -95,12 +100,9 @@ def _turns(entry: Entry, where: str) -> Sequence[Any]:
 
 
 def _check_responses(turns: tuple[Turn, ...], where: str) -> None:
+    if not turns:
+        raise DataError(f"{where}: found 0 turns; wanted a question, and a response to learn", reason="turns")
     responses = [turn for turn in turns if turn.role == "assistant"]
-    if not responses:
-        raise DataError(
-            f"{where}: none of its {len(turns)} turns is a response; wanted one from gpt or assistant",
-            reason="turns",
-        )
     for number, turn in enumerate(responses):
         if not "".join(str(part) for part in turn.parts).strip():
             raise DataError(

@@ -82,7 +82,7 @@ class HfDataset(SampleSource):
         self.path = path
         self.image_root = image_root
         columns = [name for name in dataset.column_names if name in COLUMNS]
-        if not {"messages", "conversations"} & set(columns):
+        if not {"messages", "conversations", "image", "images"} & set(columns):
             raise ConfigError(
                 f"{path} has columns {', '.join(dataset.column_names)}; wanted `messages` or "
                 f"`conversations`, and `image` or `images`; rename them with Dataset.rename_column"

@@ -58,6 +58,12 @@ def test_several_images_are_numbered_in_reading_order():
     assert sample.turns[2].parts == ("And ", 2, "?")
 
 
+def test_questions_without_answers_and_images_without_text():
+    assert [turn.role for turn in read(llava("<image>\nWhat?", image="a")).turns] == ["user"]
+    bare = read({"id": "x", "image": "a.png"})
+    assert (bare.images, bare.turns) == ((ImageRef(path="a.png"),), ())
+
+
 def test_text_only_and_system_turns():
     sample = read(
         {"conversations": [{"from": "system", "value": "Be kind."}, *llava("Hi", "Hello")["conversations"]]}
@@ -115,7 +121,6 @@ BAD = [
     (chat([{"type": "image"}], "x"), "image-marks", "1 <image> mark"),
     (llava("Hi", ""), "empty-response", "response 0"),
     (llava("Hi", "a", "b", " \n"), "empty-response", "response 1"),
-    (llava("Hi"), "turns", "response"),
     ({"conversations": []}, "turns", "0 turns"),
     ({"conversations": [{"from": "robot", "value": "x"}]}, "turns", "robot"),
     ({"conversations": [{"from": ["human"], "value": "x"}]}, "turns", "turn 0"),
