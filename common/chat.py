@@ -7,6 +7,11 @@
 A response runs from the generation prompt to the end of its turn, the end-of-turn token included and
 the white space after it not. It is found by rendering prefixes of the conversation, so the template
 must be prefix-consistent; one that rewrites earlier turns is refused.
+
+A teacher that answers itself reads the same conversation as a dialogue: what stands before each answer,
+with its own answers in between, token for token as it gave them.
+
+       segment 0 ── answer 0 ── segment 1 ── answer 1     every assistant turn, given its own earlier ones
 """
 
 import hashlib
@@ -75,6 +80,16 @@ class Rendered:
     """The whole conversation under the chat template."""
     responses: tuple[tuple[int, int], ...]
     """Character ranges of the responses, end-of-turn token included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """What a teacher is asked that answers itself."""
+
+    sample_id: str
+    """The sample."""
+    segments: tuple[NDArray[np.int32], ...]
+    """Ids before each answer, from the end of the answer before it; one image token an image."""
 
 
 def load_processor(path: str, *, revision: str | None = None) -> Any:
@@ -151,6 +166,81 @@ def to_question(
         )
     text = _render(processor, to_messages(asked), sample.sample_id, add_generation_prompt=True)
     return _assemble(processor, asked, images, Rendered(text, ()), max_len)
+
+
+def to_dialogue(processor: Any, sample: Sample, num_images: int) -> Dialogue:
+    """What a teacher is asked that answers every assistant turn itself, and a last turn that waits for one.
+
+    Args:
+        processor: A processor that passed `check_processor`.
+        sample: The example; its own answers only say where answers belong. It may have none.
+        num_images: Images given.
+
+    Raises:
+        DataError: `no-question` when nothing precedes an answer, `image-marks`, `template`.
+    """
+    turns, messages = sample.turns, to_messages(sample)
+    places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    if not turns or turns[-1].role != "assistant":
+        places.append(len(turns))
+    if places[0] == 0:
+        raise DataError(
+            f"{sample.sample_id}: no turn precedes the answer; add a question", reason="no-question"
+        )
+    segments, done = [], ""
+    for place in places:
+        before = _render(processor, messages[:place], sample.sample_id, add_generation_prompt=True)
+        if not before.startswith(done):
+            raise DataError(
+                f"{sample.sample_id}: the chat template renders turn {place} differently once more turns "
+                "follow; use a template that only appends",
+                reason="template",
+            )
+        text = before[len(done) :]
+        segments.append(_tokenise(processor, text)[0] if not done else _continue(processor, text))
+        if place < len(turns):
+            done = _render(processor, messages[: place + 1], sample.sample_id).rstrip()
+    marks = sum(int((each == image_token_id(processor)).sum()) for each in segments)
+    _check_marks(sample, num_images, marks, processor.image_token)
+    return Dialogue(sample.sample_id, tuple(segments))
+
+
+def answered_prompt(
+    processor: Any,
+    dialogue: Dialogue,
+    images: Sequence[ImageInput],
+    answers: Sequence[NDArray[np.int32]],
+    *,
+    asks: bool,
+) -> Prompt:
+    """The dialogue with its first answers in place, as response spans.
+
+    Args:
+        processor: As for `to_dialogue`.
+        dialogue: What is asked.
+        images: All images of the sample; those not shown yet are left out.
+        answers: [n] ids of the first answers, end-of-turn token included.
+        asks: Whether the next segment follows, ready to generate.
+
+    Raises:
+        DataError: `image-size`.
+    """
+    pieces: list[NDArray[np.int32]] = []
+    ranges, at = [], 0
+    for segment, answer in zip(dialogue.segments, answers, strict=False):
+        pieces += [segment, answer]
+        ranges.append((at + len(segment), at + len(segment) + len(answer)))
+        at = ranges[-1][1]
+    if asks:
+        pieces.append(dialogue.segments[len(answers)])
+    ids = np.concatenate(pieces)
+    shown = int((ids == image_token_id(processor)).sum())
+    return _lay_out(processor, dialogue.sample_id, ids, images[:shown], ranges)
+
+
+def image_token_id(processor: Any) -> int:
+    """Id of the token that marks an image."""
+    return int(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
 
 
 def to_messages(sample: Sample) -> list[dict[str, Any]]:
@@ -249,27 +339,41 @@ def _assemble(
     processor: Any, sample: Sample, images: Sequence[ImageInput], rendered: Rendered, max_len: int | None
 ) -> Prompt:
     ids, offsets = _tokenise(processor, rendered.text)
-    marks = np.flatnonzero(ids == processor.tokenizer.convert_tokens_to_ids(processor.image_token))
-    _check_marks(sample, len(images), len(marks), processor.image_token)
-    layouts = [image_layout(processor, each.height, each.width) for each in images]
-    token_ids, starts = expand(ids, marks, [layout.num_positions for layout in layouts])
-    if max_len is not None and len(token_ids) > max_len:
+    num_marks = int((ids == image_token_id(processor)).sum())
+    _check_marks(sample, len(images), num_marks, processor.image_token)
+    ranges = [_response(sample, offsets, chars) for chars in rendered.responses]
+    prompt = _lay_out(processor, sample.sample_id, ids, images, ranges)
+    if max_len is not None and len(prompt.token_ids) > max_len:
         raise DataError(
-            f"{sample.sample_id}: {len(token_ids)} positions, --max-len is {max_len}; "
+            f"{sample.sample_id}: {len(prompt.token_ids)} positions, --max-len is {max_len}; "
             "raise it or shorten the sample",
             reason="too-long",
         )
+    return prompt
+
+
+def _lay_out(
+    processor: Any,
+    sample_id: str,
+    ids: NDArray[np.int32],
+    images: Sequence[ImageInput],
+    responses: Sequence[tuple[int, int]],
+) -> Prompt:
+    """Expand [M] ids; `responses` are ranges of them."""
+    marks = np.flatnonzero(ids == image_token_id(processor))
+    layouts = [image_layout(processor, each.height, each.width) for each in images]
+    token_ids, starts = expand(ids, marks, [layout.num_positions for layout in layouts])
     shown = _image_spans(token_ids, [int(starts[mark]) for mark in marks], images, layouts)
     spans = [Span(kind="image", start=each.start, stop=each.stop) for each in shown]
-    spans += [_response(sample, offsets, starts, chars) for chars in rendered.responses]
+    spans += [
+        Span(kind="response", start=int(starts[first]), stop=int(starts[stop])) for first, stop in responses
+    ]
     spans.sort(key=lambda span: span.start)
-    return Prompt(sample.sample_id, ids, token_ids, fill_prompt(spans, len(token_ids)), shown)
+    return Prompt(sample_id, ids, token_ids, fill_prompt(spans, len(token_ids)), shown)
 
 
-def _response(
-    sample: Sample, offsets: NDArray[np.int64], starts: NDArray[np.int64], chars: tuple[int, int]
-) -> Span:
-    """Tokens that begin inside the character range; special tokens added outside the text do not count."""
+def _response(sample: Sample, offsets: NDArray[np.int64], chars: tuple[int, int]) -> tuple[int, int]:
+    """Range of tokens that begin inside the characters; special tokens outside the text do not count."""
     inside = np.flatnonzero(
         (offsets[:, 0] >= chars[0]) & (offsets[:, 0] < chars[1]) & (offsets[:, 1] > offsets[:, 0])
     )
@@ -278,7 +382,12 @@ def _response(
             f"{sample.sample_id}: no token lies in the response; the text before it swallows it",
             reason="template",
         )
-    return Span(kind="response", start=int(starts[inside[0]]), stop=int(starts[inside[-1] + 1]))
+    return int(inside[0]), int(inside[-1]) + 1
+
+
+def _continue(processor: Any, text: str) -> NDArray[np.int32]:
+    """[M] ids of text that follows other text."""
+    return np.asarray(processor.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
 def _image_spans(

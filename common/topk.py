@@ -52,9 +52,11 @@ def sparse_rows(logits: Tensor, topk: int, *, temperatures: Sequence[float] = (1
         raise ValueError(f"topk is {topk}, the vocabulary has {logits.shape[-1]} rows")
     if temperatures[0] != 1.0:
         raise ValueError(f"temperatures start with {temperatures[0]}, wanted 1.0")
-    size = len(logits) if logits.is_cuda else max(1, _CACHED_LOGITS // logits.shape[-1])
-    chunks = [_sparse_rows(rows.float(), topk, temperatures) for rows in logits.split(max(1, size))]
-    return join_rows(chunks)
+    size = max(1, len(logits) if logits.is_cuda else _CACHED_LOGITS // logits.shape[-1])
+    starts = range(0, max(1, len(logits)), size)
+    return join_rows(
+        _sparse_rows(logits[start : start + size].float(), topk, temperatures) for start in starts
+    )
 
 
 def _sparse_rows(logits: Tensor, topk: int, temperatures: Sequence[float]) -> SparseRows:
@@ -89,7 +91,7 @@ def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if groups < 4 * count:
         return torch.topk(logits, count, dim=-1)
     even = groups * _GROUP
-    maxima = logits[:, :even].unflatten(-1, (_GROUP, groups)).amax(1)
+    maxima = logits[:, :even].view(-1, _GROUP, groups).amax(1)
     chosen = maxima.topk(count, dim=-1, sorted=False).indices
     members = torch.arange(0, even, groups, device=logits.device)
     rest = torch.arange(even, logits.shape[-1], device=logits.device).expand(len(logits), -1)
