@@ -1,5 +1,7 @@
 """The fused walk equals the eager definition and never holds [N, V]."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -216,3 +218,22 @@ class TestBehaviour:
         want = first.clone() / 3
         first.zero_()
         torch.testing.assert_close(torch.autograd.grad(total, head.weight)[0], want)
+
+    def test_float16_gradients_survive_small_coefficients(self, walk: fused.Walk) -> None:
+        """A mean over ten million rows, scaled back up: as good as the same without any scaling."""
+        hidden, head, targets = case(6, 20, 4, dtype=torch.float16)
+        small = dataclasses.replace(targets, ce_coef=targets.ce_coef * 1e-7, kl_coef=targets.kl_coef * 1e-7)
+        want = gradients(
+            fused.head_losses(hidden, head, targets, Divergence(), walk=walk).total, hidden, head
+        )
+        scaled = 1e7 * fused.head_losses(hidden, head, small, Divergence(), walk=walk).total
+        for found, wanted in zip(gradients(scaled, hidden, head), want, strict=True):
+            assert float((found - wanted).float().norm() / wanted.float().norm()) < 5e-3
+
+    def test_a_nan_shows_in_its_row_and_in_the_total(self, walk: fused.Walk) -> None:
+        hidden, head, targets = case(6, 20, 4)
+        with torch.no_grad():
+            hidden[3] = torch.nan
+        losses = fused.head_losses(hidden, head, targets, Divergence(), walk=walk)
+        assert losses.kl.isnan().tolist() == [False, False, False, True, False, False]
+        assert losses.total.isnan()

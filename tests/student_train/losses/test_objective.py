@@ -105,7 +105,12 @@ def test_terms_are_the_definitions() -> None:
         distances.append(1 - torch.cosine_similarity(student.flatten(), teacher.flatten(), dim=0))
     wanted = dict(zip(TERMS, (ce, response, visual, torch.stack(distances).mean()), strict=True))
     torch.testing.assert_close(outcome.raw, {term: value.detach() for term, value in wanted.items()})
-    torch.testing.assert_close(outcome.loss, sum(WEIGHTS[term] * wanted[term] for term in TERMS))
+    loss = sum(WEIGHTS[term] * wanted[term] for term in TERMS)
+    torch.testing.assert_close(outcome.loss, loss)
+    leaves = [hidden, lm_head.weight]
+    torch.testing.assert_close(
+        torch.autograd.grad(outcome.loss, leaves), torch.autograd.grad(loss, leaves, retain_graph=True)
+    )
     torch.testing.assert_close(outcome.weighted, {t: WEIGHTS[t] * wanted[t].detach() for t in TERMS})
 
 
