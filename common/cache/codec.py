@@ -156,15 +156,17 @@ def subtract_ties(codes: Array, levels: Array) -> Array:
 def add_ties(codes: Array, levels: Array) -> None:
     """Undo `subtract_ties` in place: a running sum that starts anew at every step.
 
-    Arithmetic only, no masks: `min(level, 1) − 1` is all ones where the step is the same, else zero.
+    Arithmetic instead of masks: the top bit of `level − 1` is set only where the level is 0, because the
+    encoder chose a type in which every level leaves it free.
     """
     num_ranks, num_rows = codes.shape
-    scratch = np.empty(num_rows, codes.dtype)
+    same, addend = np.empty(num_rows, levels.dtype), np.empty(num_rows, codes.dtype)
+    one, top_bit = levels.dtype.type(1), levels.dtype.type(8 * levels.itemsize - 1)
     for rank in range(2, num_ranks):
-        np.minimum(levels[rank], 1, out=scratch, casting="unsafe")
-        np.subtract(scratch, 1, out=scratch)
-        np.bitwise_and(scratch, codes[rank - 1], out=scratch)
-        np.add(codes[rank], scratch, out=codes[rank])
+        np.subtract(levels[rank], one, out=same)
+        np.right_shift(same, top_bit, out=same)
+        np.multiply(same, codes[rank - 1], out=addend, casting="unsafe")
+        np.add(codes[rank], addend, out=codes[rank])
 
 
 def quantise_logprobs(

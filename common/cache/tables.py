@@ -169,7 +169,7 @@ def _encode_rows(
     if encoding.logits == "steps":
         steps = codec.quantise_logprobs(rows.logprobs, used, encoding.logit_step)
         codes, levels = _stored_codes(table, code.codes, steps, coding.ties)
-        columns["levels"] = codec.smallest(levels, ("uint16", "uint32"), limit=int(steps.max(initial=0)))
+        columns["levels"] = codec.smallest(levels, ("uint16", "uint32"), limit=2 * int(levels.max(initial=0)))
         columns["scalar_steps"] = codec.encode_scalars(scalars, encoding.logit_step)
         _note_step_errors(table, steps, scalars, columns["scalar_steps"], encoding.logit_step, errors)
     elif encoding.logits == "bfloat16":
