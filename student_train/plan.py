@@ -15,7 +15,7 @@ from common.cache.reader import CacheReader
 from common.chat import load_processor
 from common.compat import require_fit
 from common.data.source import SampleSource, open_source
-from common.errors import ConfigError, MismatchError
+from common.errors import ConfigError, MismatchError, PartMissing
 from common.models import ModelRef, resolve_model, smallest_of_family
 from schemas.manifest import Manifest
 from student_train.collate import Wanted
@@ -182,6 +182,8 @@ def open_level(path: str, config: TrainConfig) -> Level:
         MismatchError: The samples there are not the cache's.
     """
     cache = CacheReader(path)
+    if not cache.num_samples:
+        raise PartMissing(f"{path} holds no finished part yet; run its teacher-dump command again")
     found = cache.manifest.data_source
     data = config.data or (found.path if found else None)
     if data is None:

@@ -100,3 +100,12 @@ def test_a_temperature_without_a_normaliser_is_refused(config, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"wants temperature 2, .* holds normalisers for 1;"):
         make_plan(config.model_copy(update={"recipe": str(path)}))
+
+
+def test_a_cache_without_a_finished_part_is_refused(config, cache, tmp_path):
+    from common.cache.reader import CacheReader
+    from common.cache.writer import CacheWriter
+
+    CacheWriter.open(str(tmp_path / "empty"), CacheReader(str(cache)).manifest)
+    with pytest.raises(CacheError, match="holds no finished part yet"):
+        make_plan(config.model_copy(update={"cache": (str(tmp_path / "empty"),)}))

@@ -186,6 +186,19 @@ def test_micro_batches_change_rounding_only(config, whole):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
+def test_bf16_is_near_fp32(config, whole):
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        train(config.model_copy(update={"precision": "bf16", "max_steps": 3}))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    for ours, theirs in zip(lines(config.out), lines(whole["out"]), strict=False):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+        assert ours["loss"] != theirs["loss"]
+
+
 def test_recomputed_activations_give_the_same_run(config, whole):
     train(config.model_copy(update={"gradient_checkpointing": True}))
     assert same(weights(config.out), weights(whole["out"]))
