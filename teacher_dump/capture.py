@@ -33,6 +33,7 @@ from common.relation import factor_relation, head_gram, relation
 from common.topk import SparseRows, join_rows, sparse_rows
 from teacher_dump.request import (
     EXTRA_ARG,
+    ROWS_MISSING,
     Captured,
     CapturedImage,
     CapturedRows,
@@ -242,7 +243,7 @@ class Capture:
             and tracked.visual.complete
             and tracked.seen[tracked.state_positions].all()
         ):
-            tracked.fail("rows-missing", "some wanted positions were never computed (prefix cache?)")
+            tracked.fail(ROWS_MISSING, "some wanted positions were never computed (prefix cache?)")
         response, visual = _rows(tracked.response, slice(None)), _rows(tracked.visual, slice(None))
         if not all(np.isfinite(rows.logsumexp).all() for rows in (response, visual) if rows is not None):
             tracked.fail("not-finite", "the teacher's logits are NaN or infinite; try another --dtype")

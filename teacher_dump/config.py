@@ -13,7 +13,7 @@ class DumpConfig(Frozen):
     model: str = "tiny"
     """Teacher: a preset (tiny, 0.5b, 7b, 72b, qwen3-vl-8b, ...), a model directory, or a hub id."""
     data: str = "shapes"
-    """LLaVA JSON, JSONL of messages, a datasets directory, hf:owner/name:split, or `shapes`."""
+    """LLaVA JSON, JSONL of messages, a datasets directory, hf:owner/name:split, `shapes`; images to --ask."""
     image_root: str | None = None
     """Directory that relative image paths start from; the data file's own by default."""
     out: str = "auto"
@@ -26,6 +26,18 @@ class DumpConfig(Frozen):
     """Rows kept."""
     visual_fraction: float = Field(1.0, gt=0, le=1)
     """Share of each image's rows kept, drawn at random: an unbiased sample at a fraction of the bytes."""
+    responses: Literal["data", "teacher"] = "data"
+    """Score the data's responses, or let the teacher answer every turn itself; then data needs no answers."""
+    response_temperature: float = Field(0.0, ge=0)
+    """Temperature of the teacher's own responses; 0 takes the likeliest token."""
+    response_samples: int = Field(1, ge=1)
+    """Responses of its own per sample, each drawn with a seed of its own."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest response of the teacher's own."""
+    ask: str | None = None
+    """File with a question a line: forget the data's text, ask these about its images, keep the answers."""
+    asks_per_image: int = Field(3, ge=1)
+    """Questions drawn for each image with --ask."""
     temperature: tuple[float, ...] = ()
     """Further temperatures whose normaliser and tail are kept; may be given several times."""
     max_len: int = Field(4096, ge=2)
@@ -56,6 +68,8 @@ class DumpConfig(Frozen):
     """What the teacher computes in; auto takes what its weights are in."""
     quantization: str | None = None
     """vLLM's name of a quantisation to load the weights in."""
+    prefix_cache: bool = True
+    """Compute an image once for all questions on it, through vLLM's prefix cache."""
     max_num_seqs: int = Field(64, ge=1)
     """Samples computed at a time."""
     tensor_parallel: int = Field(1, ge=1)
@@ -85,6 +99,22 @@ class DumpConfig(Frozen):
         if any(each <= 0 for each in self.temperature):
             raise ValueError(f"--temperature must be positive, found {min(self.temperature)}")
         return self
+
+    @model_validator(mode="after")
+    def _check_responses(self) -> "DumpConfig":
+        if self.response_samples > 1 and self.response_temperature == 0:
+            raise ValueError(
+                "--response-samples above 1 needs --response-temperature above 0: the likeliest is one"
+            )
+        asked = self.response_samples > 1 or self.response_temperature > 0
+        if asked and not self.teacher_answers:
+            raise ValueError("--response-temperature and --response-samples need --responses teacher")
+        return self
+
+    @property
+    def teacher_answers(self) -> bool:
+        """Whether the teacher gives the responses."""
+        return self.responses == "teacher" or self.ask is not None
 
     @property
     def engine_arguments(self) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def describe(
     keys = np.asarray(source.image_keys())[indices]
     measured = estimate(
         config,
-        measure(preparer, indices),
+        measure(preparer, indices, longest_answer=config.max_new_tokens if config.teacher_answers else 0),
         samples=len(indices),
         images=len(np.unique(keys[keys != 0])),
         hidden_size=teacher.hidden_size,
@@ -119,8 +119,13 @@ def describe(
     }
 
 
-def measure(preparer: Preparer, indices: NDArray[np.int64]) -> Measure:
+def measure(preparer: Preparer, indices: NDArray[np.int64], *, longest_answer: int = 0) -> Measure:
     """Averages over a few samples, evenly spaced.
+
+    Args:
+        preparer: Prepares them.
+        indices: Samples to choose from.
+        longest_answer: Tokens of a response that the teacher is still to give, at most.
 
     Raises:
         DataError: None of them can be used.
@@ -139,8 +144,8 @@ def measure(preparer: Preparer, indices: NDArray[np.int64]) -> Measure:
         span.stop - span.start for prompt in usable for span in prompt.spans if span.kind == "response"
     ]
     return Measure(
-        positions=float(np.mean([len(prompt.token_ids) for prompt in usable])),
-        response_rows=sum(responses) / len(usable),
+        positions=float(np.mean([len(prompt.token_ids) for prompt in usable])) + longest_answer,
+        response_rows=sum(responses) / len(usable) + longest_answer,
         image_positions=float(np.mean(images)) if images else 0.0,
     )
 

@@ -15,9 +15,10 @@ from typing import Any
 from tqdm import tqdm
 
 from common.cache.writer import CacheWriter, read_seal
-from common.data.source import open_source
 from common.models import resolve_model
 from schemas.manifest import Capture, PartSeal, Quarantined
+from teacher_dump.answers import Answerer
+from teacher_dump.asking import open_data
 from teacher_dump.config import DumpConfig
 from teacher_dump.cost import check_disk, describe
 from teacher_dump.engine import Engine
@@ -33,7 +34,7 @@ from teacher_dump.plan import Part
 from teacher_dump.prompts import Prepared, Preparer, prepare_ahead
 from teacher_dump.quarantine import QuarantineLog
 from teacher_dump.records import PartCapture, PartResult, split
-from teacher_dump.teacher import find_teacher
+from teacher_dump.teacher import Teacher, find_teacher
 
 Say = Callable[[str], None]
 
@@ -51,11 +52,13 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     Raises:
         CascacheError: Settings, data, engine or disk do not allow it.
     """
-    source = open_source(config.data, image_root=config.image_root)
+    source = open_data(config)
     teacher = find_teacher(resolve_model(config.model), dtype=config.dtype, with_weights=not config.dry_run)
     check_settings(config, teacher, source)
     plan = plan_dump(config, source)
-    preparer = Preparer(source, teacher.processor, max_len=longest(config, teacher))
+    preparer = Preparer(
+        source, teacher.processor, max_len=longest(config, teacher), asks=config.teacher_answers
+    )
     if config.dry_run:
         config = config.model_copy(update={"out": choose_out(config.out, None)})
         return describe(config, teacher, plan, plan.todo(frozenset()), preparer, source)
@@ -76,7 +79,13 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
         check_disk(config, describe(config, teacher, plan, todo, preparer, source))
         settings = engine_settings(config, teacher, manifest.capture)
         with Engine(settings) as engine:
-            run_parts(config, engine, writer, todo, preparer, quarantine)
+            capture = PartCapture(
+                engine,
+                manifest.capture,
+                wave=config.max_num_seqs,
+                answerer=make_answerer(engine, teacher, manifest.capture),
+            )
+            run_parts(config, capture, writer, todo, preparer, quarantine)
     writer.finalize()
     return {
         "cache": config.out,
@@ -88,7 +97,7 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
 
 def run_parts(
     config: DumpConfig,
-    engine: Engine,
+    capture: PartCapture,
     writer: CacheWriter,
     todo: list[Part],
     preparer: Preparer,
@@ -102,7 +111,7 @@ def run_parts(
         sealing: Future[PartSeal] | None = None
         for part in todo:
             mine = islice(items, len(part.samples))
-            result = _capture_part(engine, writer.manifest.capture, mine, config.max_num_seqs, bar)
+            result = _capture_part(capture, mine, bar)
             quarantine.check(result.quarantined)
             if sealing is not None:
                 quarantine.add(sealing.result())
@@ -111,11 +120,22 @@ def run_parts(
             quarantine.add(sealing.result())
 
 
-def _capture_part(
-    engine: Engine, capture: Capture, items: Iterator[Prepared | Quarantined], wave: int, bar: Any
-) -> PartResult:
+def make_answerer(engine: Engine, teacher: Teacher, capture: Capture) -> Answerer | None:
+    """What answers samples first, where the teacher gives the responses."""
+    if capture.responses == "data":
+        return None
+    return Answerer(
+        engine,
+        teacher.processor,
+        capture,
+        vocab_size=teacher.vocab_size,
+        vocab_rows=teacher.vocab_rows,
+    )
+
+
+def _capture_part(capture: PartCapture, items: Iterator[Prepared | Quarantined], bar: Any) -> PartResult:
     results = []
-    for done in PartCapture(engine, capture, wave=wave).run(items):
+    for done in capture.run(items):
         results += done
         bar.update(len(done))
     return split(results)

@@ -1,7 +1,11 @@
 """The only door to vLLM: start it, hand it a wave of samples, take out what the capture kept.
 
     with Engine(settings) as engine:
+        answers = engine.answer(questions)      the teacher's own answers, where it gives them
         results = engine.run(submissions)       one Captured per submission, in order
+
+With the prefix cache on, a sample that asks for no image of its own takes up the image's keys and
+values from an earlier one; what it wants itself is computed, or asked for again without the cache.
 
 A wave is submitted whole and drained whole, so the batches that vLLM forms depend on the samples
 alone and a rerun gives the same bits (with the engine in this process; see `EngineSettings.inside`).
@@ -12,6 +16,7 @@ a sample whose images are not the ones that its prompt was made from.
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import warnings
@@ -21,10 +26,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.chat import Prompt
 from common.errors import ConfigError, EngineError
-from teacher_dump.request import EXTRA_ARG, Captured, CaptureRequest, CaptureSettings, pixel_identity
+from teacher_dump.request import (
+    EXTRA_ARG,
+    ROWS_MISSING,
+    Captured,
+    CaptureRequest,
+    CaptureSettings,
+    pixel_identity,
+)
 from teacher_dump.seams import TESTED_VLLM
 
 if TYPE_CHECKING:
@@ -66,8 +79,10 @@ class EngineSettings:
     """Groups of devices that layers are spread over."""
     inside: bool | None = None
     """Run in this process (a rerun gives the same bits; dies with it); None: on a CPU with one worker."""
+    prefix_cache: bool = False
+    """Whether later samples take up what earlier ones computed of a common prefix."""
     seed: int = 0
-    """vLLM's seed; nothing is sampled."""
+    """vLLM's own; answers carry seeds of their own."""
     any_version: bool = False
     """Start a vLLM that was not tested."""
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -84,6 +99,38 @@ class Submission:
     """Its tokens."""
     pixels: tuple["Image", ...]
     """Its images, decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt for the teacher to go on from."""
+
+    prompt: Prompt
+    """Its tokens."""
+    pixels: tuple["Image", ...]
+    """Its images, decoded."""
+    max_tokens: int
+    """Longest answer."""
+    temperature: float
+    """0 takes the likeliest token."""
+    seed: int
+    """Of the draws, below 2⁶³."""
+    banned: tuple[int, ...]
+    """Ids that never come in an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the teacher said, or why not."""
+
+    token_ids: NDArray[np.int32]
+    """[n] ids, the end-of-turn token included when it came."""
+    finished: bool
+    """Whether the teacher ended by itself."""
+    problem: str | None = None
+    """What went wrong, in words."""
+    reason: str = "engine-refused"
+    """One word for it."""
 
 
 class Engine:
@@ -147,11 +194,21 @@ class Engine:
         Raises:
             EngineError: vLLM itself broke.
         """
+        found = self._run(submissions, whole=False)
+        lost = [index for index, each in enumerate(found) if each.reason == ROWS_MISSING]
+        if lost and self.settings.prefix_cache:
+            again = self._run([submissions[index] for index in lost], whole=True)
+            for index, each in zip(lost, again, strict=True):
+                found[index] = each
+        return found
+
+    def _run(self, submissions: Sequence[Submission], *, whole: bool) -> list[Captured]:
+        """Compute a wave; `whole` takes nothing from the prefix cache."""
         refused: dict[str, Captured] = {}
         submitted: list[Submission] = []
         for each in submissions:
             try:
-                self._submit(each)
+                self._submit(each, whole=whole)
                 submitted.append(each)
             except (ValueError, TypeError) as error:
                 refused[each.request.key] = Captured(each.request.key, str(error), "engine-refused")
@@ -165,7 +222,7 @@ class Engine:
         finished = {each["key"]: Captured.from_wire(each) for rank in drained for each in rank}
         for each, output in zip(submitted, outputs, strict=True):
             finished.setdefault(
-                each.request.key, Captured(each.request.key, "the capture gave no answer", "rows-missing")
+                each.request.key, Captured(each.request.key, "the capture gave no answer", ROWS_MISSING)
             )
             found = np.asarray(output.prompt_token_ids, np.int32)
             if finished[each.request.key].problem is None and not np.array_equal(
@@ -176,14 +233,10 @@ class Engine:
                 )
         return [refused.get(each.request.key) or finished[each.request.key] for each in submissions]
 
-    def _submit(self, submission: Submission) -> None:
+    def _submit(self, submission: Submission, *, whole: bool) -> None:
         from vllm import SamplingParams
 
-        prompt: dict[str, Any] = {"prompt_token_ids": submission.prompt.prompt_ids.tolist()}
-        if submission.pixels:
-            prompt["multi_modal_data"] = {"image": list(submission.pixels)}
-            prompt["multi_modal_uuids"] = {"image": [pixel_identity(each) for each in submission.pixels]}
-        wanted = any(rows is not None for rows in submission.request.visual_rows)
+        wanted = whole or any(rows is not None for rows in submission.request.visual_rows)
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
@@ -191,7 +244,56 @@ class Engine:
             skip_reading_prefix_cache=wanted or None,
             extra_args={EXTRA_ARG: submission.request.to_extra()},
         )
+        prompt = _to_vllm(submission.prompt, submission.pixels)
         self._llm.enqueue([prompt], [params], use_tqdm=False)
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Let the teacher answer a wave of questions.
+
+        Returns:
+            One answer per question, in order; a refused one carries its problem.
+
+        Raises:
+            EngineError: vLLM itself broke.
+        """
+        refused: dict[int, Answer] = {}
+        for index, each in enumerate(questions):
+            try:
+                self._ask(each)
+            except (ValueError, TypeError) as error:
+                refused[index] = Answer(np.empty(0, np.int32), finished=False, problem=str(error))
+        try:
+            outputs = self._llm.wait_for_completion(use_tqdm=False) if len(refused) < len(questions) else []
+        except RuntimeError as error:
+            raise EngineError(
+                f"vLLM stopped while answering: {error}; run the same command again to go on"
+            ) from error
+        given = iter(outputs)
+        return [
+            refused[index] if index in refused else _to_answer(each, next(given))
+            for index, each in enumerate(questions)
+        ]
+
+    def _ask(self, question: Question) -> None:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            max_tokens=question.max_tokens,
+            temperature=question.temperature,
+            seed=question.seed,
+            detokenize=False,
+            logit_bias=dict.fromkeys(question.banned, -math.inf),
+        )
+        self._llm.enqueue([_to_vllm(question.prompt, question.pixels)], [params], use_tqdm=False)
+
+    def forget(self) -> None:
+        """Empty the prefix cache, so that what follows does not depend on what came before.
+
+        Raises:
+            EngineError: vLLM keeps it, though nothing is being computed.
+        """
+        if self._llm is not None and not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM does not let go of its prefix cache; run again with --no-prefix-cache")
 
     def _arguments(self) -> dict[str, Any]:
         settings = self.settings
@@ -210,7 +312,7 @@ class Engine:
             "pipeline_parallel_size": settings.pipeline_parallel,
             "seed": settings.seed,
             "enforce_eager": True,
-            "enable_prefix_caching": False,
+            "enable_prefix_caching": settings.prefix_cache,
             "async_scheduling": False,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
@@ -228,6 +330,28 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     owned = sorted(_OWNED_ARGUMENTS & arguments.keys())
     if owned:
         raise ConfigError(f"--engine-arg {owned[0]} is set by the dump itself; leave it out")
+
+
+def _to_vllm(prompt: Prompt, pixels: tuple["Image", ...]) -> dict[str, Any]:
+    """A prompt with its images, each named by its pixels."""
+    given: dict[str, Any] = {"prompt_token_ids": prompt.prompt_ids.tolist()}
+    if pixels:
+        given["multi_modal_data"] = {"image": list(pixels)}
+        given["multi_modal_uuids"] = {"image": [pixel_identity(each) for each in pixels]}
+    return given
+
+
+def _to_answer(question: Question, output: Any) -> Answer:
+    found = np.asarray(output.prompt_token_ids, np.int32)
+    given = np.asarray(output.outputs[0].token_ids, np.int32)
+    finished = output.outputs[0].finish_reason == "stop"
+    if not np.array_equal(found, question.prompt.token_ids):
+        return Answer(given, finished, _differ(found, question.prompt), "prompt-mismatch")
+    if np.isin(given, question.banned).any():
+        return Answer(given, finished, "the answer holds an image token or a padding row", "banned-token")
+    if not len(given):
+        return Answer(given, finished, "the teacher said nothing at all", "empty-response")
+    return Answer(given, finished)
 
 
 def _import_vllm(*, any_version: bool) -> Any:

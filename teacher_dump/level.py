@@ -88,6 +88,9 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
             positions=config.positions,
             visual_fraction=config.visual_fraction,
             seed=config.seed,
+            responses="teacher" if config.teacher_answers else "data",
+            response_temperature=config.response_temperature,
+            max_new_tokens=config.max_new_tokens if config.teacher_answers else None,
             max_len=longest(config, teacher),
         ),
         relation=Relation(
@@ -128,6 +131,7 @@ def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> E
         max_num_seqs=config.max_num_seqs,
         tensor_parallel=config.tensor_parallel,
         pipeline_parallel=config.pipeline_parallel,
+        prefix_cache=config.prefix_cache,
         seed=config.seed,
         any_version=config.any_vllm,
         arguments=arguments,

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from common.chat import ImageInput, Prompt, to_prompt
+from common.chat import Dialogue, ImageInput, Prompt, answered_prompt, to_dialogue, to_prompt
 from common.data.source import SampleSource
 from common.errors import DataError
 from common.images import decode_image, image_bytes, image_path
@@ -21,6 +21,16 @@ from teacher_dump.request import pixel_identity
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a sample asks, where the teacher answers itself."""
+
+    dialogue: Dialogue
+    """Ids before each answer."""
+    inputs: tuple[ImageInput, ...]
+    """All its images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +47,23 @@ class Prepared:
     """Its images, decoded."""
     identities: tuple[str, ...]
     """`pixel_identity` of each, taken where they were decoded."""
+    asked: Asked | None = None
+    """What is still to be answered; `prompt` ends where the first answer starts."""
 
 
 class Preparer:
     """Turns source indices into prepared samples."""
 
-    def __init__(self, source: SampleSource, processor: Any, *, max_len: int) -> None:
-        self._source, self._processor, self._max_len = source, processor, max_len
+    def __init__(self, source: SampleSource, processor: Any, *, max_len: int, asks: bool = False) -> None:
+        """Remember where samples come from.
+
+        Args:
+            source: The samples.
+            processor: The teacher's.
+            max_len: Longest expanded sequence.
+            asks: Whether the teacher answers itself, so that samples are prepared up to their answers.
+        """
+        self._source, self._processor, self._max_len, self._asks = source, processor, max_len, asks
         self._ids = source.sample_ids()
         self._tokenizer = threading.Lock()  # a fast tokenizer must not be borrowed twice
 
@@ -52,14 +72,27 @@ class Preparer:
         try:
             sample = self._source[index]
             images = [self._read(ref, sample) for ref in sample.images]
+            inputs = tuple(each for each, _ in images)
             with self._tokenizer:
-                prompt = to_prompt(
-                    self._processor, sample, [each for each, _ in images], max_len=self._max_len
-                )
+                prompt, asked = self._prompt(sample, inputs)
         except DataError as error:
             return Quarantined(sample_id=self._ids[index], reason=error.reason, detail=str(error))
         shown = tuple(pixels for _, pixels in images)
-        return Prepared(sample.sample_id, sample.kind, prompt, shown, tuple(map(pixel_identity, shown)))
+        identities = tuple(map(pixel_identity, shown))
+        return Prepared(sample.sample_id, sample.kind, prompt, shown, identities, asked)
+
+    def _prompt(self, sample: Sample, inputs: tuple[ImageInput, ...]) -> tuple[Prompt, Asked | None]:
+        if not self._asks:
+            return to_prompt(self._processor, sample, inputs, max_len=self._max_len), None
+        dialogue = to_dialogue(self._processor, sample, len(inputs))
+        prompt = answered_prompt(self._processor, dialogue, inputs, [], asks=True)
+        if len(prompt.token_ids) >= self._max_len:
+            raise DataError(
+                f"{sample.sample_id}: the question takes {len(prompt.token_ids)} positions, --max-len is "
+                f"{self._max_len}; raise it or shorten the sample",
+                reason="too-long",
+            )
+        return prompt, Asked(dialogue, inputs)
 
     def _read(self, ref: ImageRef, sample: Sample) -> tuple[ImageInput, "Image"]:
         root = self._source.image_root

@@ -17,6 +17,7 @@ from common.chat import ImageSpan
 from common.record import Record, TopK, VisualRecord
 from common.spans import response_rows
 from schemas.manifest import Capture, Quarantined
+from teacher_dump.answers import Answerer
 from teacher_dump.engine import Engine, Submission
 from teacher_dump.prompts import Prepared
 from teacher_dump.request import (
@@ -40,18 +41,30 @@ class PartResult:
 
 
 class PartCapture:
-    """Runs one part through the engine; image knowledge is shared within the part."""
+    """Runs parts through the engine, one after another; image knowledge is shared within a part."""
 
-    def __init__(self, engine: Engine, capture: Capture, *, wave: int) -> None:
-        self._engine, self._capture, self._wave = engine, capture, wave
+    def __init__(
+        self, engine: Engine, capture: Capture, *, wave: int, answerer: Answerer | None = None
+    ) -> None:
+        """Start with nothing known.
+
+        Args:
+            engine: A started engine.
+            capture: What is kept.
+            wave: Samples submitted together.
+            answerer: Answers samples first, where the teacher gives the responses.
+        """
+        self._engine, self._capture, self._wave, self._answerer = engine, capture, wave, answerer
         self._bank: dict[str, VisualRecord] = {}
 
     def run(self, items: Iterable[Prepared | Quarantined]) -> Iterator[list[Record | Quarantined]]:
-        """Results wave by wave, in order.
+        """Results of one part, wave by wave, in order.
 
         Raises:
             EngineError: The engine itself broke.
         """
+        self._bank.clear()
+        self._engine.forget()  # a part's values must not depend on the parts before it
         wave: list[Prepared | Quarantined] = []
         for item in items:
             wave.append(item)
@@ -62,6 +75,7 @@ class PartCapture:
             yield self._run_wave(wave)
 
     def _run_wave(self, wave: Sequence[Prepared | Quarantined]) -> list[Record | Quarantined]:
+        wave = wave if self._answerer is None else self._answerer(wave)
         done: dict[str, Record | Quarantined] = {}
         left = [item for item in wave if isinstance(item, Prepared)]
         while left:

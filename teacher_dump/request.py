@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXTRA_ARG = "cascache"
+ROWS_MISSING = "rows-missing"
+"""The `reason` of a result some of whose wanted positions were never computed."""
 
 Array = NDArray[Any]
 
