@@ -1,0 +1,210 @@
+"""A teacher that answers itself: what is kept are its own words, and what it thought while saying them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.cache.reader import CacheReader
+from common.cache.verify import verify
+from common.chat import image_token_id, load_processor, to_question
+from common.data.entries import to_sample
+from common.data.source import open_source
+from common.errors import ConfigError
+from common.images import decode_image, image_bytes
+from common.models import resolve_model
+from common.record import Record
+from schemas.sample import ImageRef
+from student_train.cli import main as student_train
+from teacher_dump.asking import asked, open_data, read_questions, repeated
+from teacher_dump.cli import main
+from teacher_dump.config import DumpConfig
+from tests.teacher_dump.answer_job import MAX_NEW_TOKENS, QUESTIONS, root_of, write_mixed
+from tests.teacher_dump.forked import run_cases
+from tests.teacher_dump.test_dump import assert_same
+
+TEACHER = resolve_model("tiny").path_or_id
+
+
+@pytest.fixture(scope="module")
+def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    return run_cases("answer_job", tiny_dir, tmp_path_factory.mktemp("answers"), ["answered", "asked"])
+
+
+@pytest.fixture(scope="module")
+def root(tiny_dir: Path) -> Path:
+    return root_of(tiny_dir)
+
+
+def said_in(record: Record) -> list[list[int]]:
+    """Ids of each response."""
+    spans = [span for span in record.spans if span.kind == "response"]
+    return [record.token_ids[span.start : span.stop].tolist() for span in spans]
+
+
+@pytest.mark.slow
+def test_every_turn_is_answered_whether_or_not_the_data_does(answers: Callable[[str], Any], root: Path):
+    status, heard = answers("answered")
+    assert status == 0, heard
+    assert "1 samples quarantined" in heard
+    assert "no-question" in (root / "answered.quarantine.jsonl").read_text()
+    assert verify(str(root / "answered")).ok
+    entries = {each["id"]: each["conversations"] for each in json.loads(write_mixed(root).read_text())}
+    end = load_processor(TEACHER).tokenizer.eos_token_id
+    with CacheReader(str(root / "answered")) as cache:
+        assert cache.manifest.capture.responses == "teacher"
+        assert set(cache.sample_ids) == set(entries) - {"silent"}
+        early = 0
+        for name in cache.sample_ids:
+            found = said_in(cache.read_record(name))
+            turns = [turn["from"] for turn in entries[name]]
+            wanted = turns.count("gpt") + (turns[-1] == "human")
+            cut = [len(each) == MAX_NEW_TOKENS and each[-1] != end for each in found]
+            assert len(found) == wanted or cut[-1], name
+            assert all(each[-1] == end for each, short in zip(found, cut, strict=True) if not short)
+            assert not any(cut[:-1]), "a cut answer ends its dialogue"
+            early += sum(len(each) < MAX_NEW_TOKENS for each in found)
+        assert early, "some answers should end by themselves"
+
+
+@pytest.mark.slow
+def test_the_likeliest_token_was_said_at_every_row(answers: Callable[[str], Any], root: Path):
+    answers("answered")
+    with CacheReader(str(root / "answered")) as cache:
+        for name in cache.sample_ids:
+            record = cache.read_record(name)
+            said = record.token_ids[record.response.positions + 1]
+            assert (record.response.token_ids[:, 0] == said).all(), name
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_answers_equal_those_of_transformers(answers: Callable[[str], Any], root: Path):
+    from transformers import AutoModelForImageTextToText
+
+    answers("answered")
+    model = AutoModelForImageTextToText.from_pretrained(TEACHER, dtype=torch.float32).eval()
+    processor = load_processor(TEACHER)
+    source = open_source(str(write_mixed(root)))
+    with CacheReader(str(root / "answered")) as cache:
+        for name in ("train-000000-caption", "train-000001-caption", "unlabelled", "text"):
+            sample = source[list(source.sample_ids()).index(name)]
+            images = [
+                decode_image(image_bytes(each, source.image_root), where=name) for each in sample.images
+            ]
+            record = cache.read_record(name)
+            first = next(span for span in record.spans if span.kind == "response")
+            shown = record.token_ids[: first.start]
+            text = processor.tokenizer.decode(_collapse(shown, image_token_id(processor)))
+            inputs = processor(
+                text=text, images=images or None, return_tensors="pt", add_special_tokens=False
+            )
+            assert inputs["input_ids"][0].tolist() == shown.tolist()
+            output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+            assert output[0, len(shown) :].tolist() == said_in(record)[0]
+
+
+def _collapse(ids: np.ndarray, mark: int) -> list[int]:
+    """Runs of the image token as one."""
+    return [token for at, token in enumerate(ids.tolist()) if token != mark or at == 0 or ids[at - 1] != mark]
+
+
+@pytest.mark.slow
+def test_asked_images_give_equal_caches_from_equal_seeds(answers: Callable[[str], Any], root: Path):
+    for status, heard in answers("asked")["runs"]:
+        assert status == 0, heard
+    with CacheReader(str(root / "once" / "l1")) as one, CacheReader(str(root / "twice" / "l1")) as two:
+        assert sorted(one.sample_ids) == sorted(two.sample_ids)
+        assert len(one.sample_ids) == 4 * 3 * 2
+        for name in one.sample_ids:
+            assert_same(one.read_record(name), two.read_record(name))
+        draws = [name for name in one.sample_ids if name.endswith("~2")]
+        first = [said_in(one.read_record(name.removesuffix("~2"))) for name in draws]
+        assert first != [said_in(one.read_record(name)) for name in draws], "draws should differ"
+        keys = {image.key for name in one.sample_ids for image in one.read_record(name).visual}
+        assert len(keys) == 4, "three questions and two draws share an image's knowledge"
+
+
+@pytest.mark.slow
+def test_a_student_trains_on_asked_images(answers: Callable[[str], Any], root: Path, tmp_path: Path):
+    answers("asked")
+    run = ["--cache", str(root / "once" / "l1"), "--student", "tiny-student", "--out", str(tmp_path / "run")]
+    assert student_train([*run, "--max-steps", "2", "--no-tensorboard", "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines
+
+
+def test_questions_are_drawn_by_seed_and_image_alone():
+    images = [ImageRef(path=f"{name}.png") for name in "abcdabc"]
+    questions = list(map(str, range(50)))
+
+    def texts(refs: list[ImageRef], seed: int) -> dict[str, str]:
+        drawn = asked(iter(refs), questions, asks=3, draws=1, seed=seed)
+        return {each["id"]: each["messages"][0]["content"][1]["text"] for each in drawn}
+
+    once = texts(images, 5)
+    assert len(once) == 4 * 3, "an image that comes again is asked once"
+    assert texts(images[::-1], 5) == once
+    assert texts(images, 6) != once
+    assert all(len({once[f"{name}.png#{n}"] for n in (1, 2, 3)}) == 3 for name in "abcd")
+    everything = list(asked(iter(images[:1]), questions[:2], asks=3, draws=2, seed=0))
+    assert [each["id"] for each in everything] == ["a.png#1", "a.png#1~2", "a.png#2", "a.png#2~2"]
+
+
+def test_repeated_samples_read_back_as_they_were(tmp_path: Path):
+    source = open_source(str(write_mixed(tmp_path)))
+    entries = list(repeated(source, 2))
+    assert len(entries) == 2 * len(source)
+    for index, entry in enumerate(entries[::2]):
+        again = to_sample(entry, sample_id=entry["id"], where="here")
+        assert again == source[index]
+
+
+def test_asked_data_is_written_once_and_bound_to_its_content(tmp_path: Path):
+    write_mixed(tmp_path)
+    (tmp_path / "q.txt").write_text("\n".join(QUESTIONS))
+    config = DumpConfig(
+        data=str(tmp_path / "shapes" / "images"), ask=str(tmp_path / "q.txt"), out=str(tmp_path / "l1")
+    )
+    first, second = open_data(config), open_data(config)
+    assert first.path == second.path
+    assert first.fingerprint() == second.fingerprint()
+    other = open_data(config.model_copy(update={"seed": 1}))
+    assert other.path != first.path
+    assert first.image_root == str(tmp_path / "shapes" / "images")
+    assert to_question(load_processor(TEACHER), first[0], _inputs(first)).images
+
+
+def _inputs(source: Any) -> list[Any]:
+    from common.chat import ImageInput
+
+    pixels = decode_image(image_bytes(source[0].images[0], source.image_root), where="here")
+    return [ImageInput("0" * 64, pixels.height, pixels.width)]
+
+
+def test_a_file_without_questions_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_questions(tmp_path / "nowhere.txt")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(ConfigError, match="holds no question"):
+        read_questions(tmp_path / "empty.txt")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "q.txt").write_text("what?")
+    with pytest.raises(ConfigError, match="holds no image file"):
+        open_data(DumpConfig(data=str(tmp_path / "none"), ask=str(tmp_path / "q.txt")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--response-temperature", "1"], "need --responses teacher"),
+        (["--responses", "teacher", "--response-samples", "3"], "--response-temperature above 0"),
+    ],
+)
+def test_contradictions_are_refused(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+    assert main(flags) == 2
+    assert words in capsys.readouterr().err
