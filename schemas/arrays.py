@@ -12,9 +12,10 @@ speed. How much of a row is used, and how many ranks it has, stands in the part'
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Packing = Literal["small", "dense", "pairs", "trend"]
+Packing = Literal["small", "dense", "pairs", "trend", "smooth"]
 """What a codec should expect: `small` (few or byte-like values), `dense` (values to be entropy coded as they
-are), `pairs` (as dense, and two numbers in one), `trend` (neighbours differ little)."""
+are), `pairs` (as dense, and two numbers in one), `trend` (neighbours differ little),
+`smooth` (some ranks do)."""
 
 SAMPLE_COLUMNS: Final = ("num_tokens", "num_spans", "num_images", "num_rows", "id_bytes", "kind_bytes")
 """Columns of `sample_columns`; `kind_bytes` is −1 where a sample has no kind."""
@@ -73,7 +74,7 @@ IMAGE_ARRAYS: Final = (
     ArraySpec("image_keys", ("uint8",), ("byte",), "small", optional=True),
     ArraySpec("image_errors", ("float64",), ("I",), "small", optional=True),
     ArraySpec("image_tiles", ("int32",), ("field", "tile"), "small", optional=True),
-    ArraySpec("image_factor", ("int16", "int32"), ("R", "P"), "dense", optional=True),
+    ArraySpec("image_factor", ("int16", "int32"), ("R", "P"), "smooth", optional=True),
     ArraySpec("image_factor_scale", ("float32",), ("R",), "dense", optional=True),
     ArraySpec("image_hidden", ("uint16", "float32", "int16"), ("D", "P"), "dense", optional=True),
     ArraySpec("image_hidden_scale", ("float32",), ("P",), "dense", optional=True),

@@ -48,8 +48,8 @@ class Coding:
     """`pcodec`, or Blosc zstd with bit-shuffle."""
     level: int
     """Effort of the encoder; decoding does not depend on it."""
-    delta: Literal["none", "consecutive"] = "none"
-    """Whether pcodec codes differences of neighbours."""
+    delta: Literal["none", "consecutive", "auto"] = "none"
+    """Whether pcodec codes differences of neighbours; `auto`: where it helps, page by page."""
 
 
 def coding_for(profile: str, dtype: np.dtype[Any], packing: Packing) -> Coding:
@@ -58,7 +58,8 @@ def coding_for(profile: str, dtype: np.dtype[Any], packing: Packing) -> Coding:
         return Coding("blosc", 5)
     if packing == "pairs":
         return Coding("pcodec", 10)
-    return Coding("pcodec", 8, "consecutive" if packing == "trend" else "none")
+    deltas: dict[str, Literal["none", "consecutive", "auto"]] = {"trend": "consecutive", "smooth": "auto"}
+    return Coding("pcodec", 8, deltas.get(packing, "none"))
 
 
 def crc32c(data: bytes) -> int:
@@ -82,13 +83,17 @@ def encode_chunk(values: Array, capacity: int, page: int, coding: Coding) -> byt
         raw = flat.view(np.uint8)
         data = bytes(blosc.compress(raw, b"zstd", coding.level, blosc.BITSHUFFLE, 0, flat.itemsize))
     else:
-        delta = DeltaSpec.try_consecutive(1) if coding.delta == "consecutive" else DeltaSpec.none()
+        specs = {
+            "none": DeltaSpec.none,
+            "auto": DeltaSpec.auto,
+            "consecutive": lambda: DeltaSpec.try_consecutive(1),
+        }
         full, rest = divmod(values.size, page)
         pages = [n for n in [*[page] * full, rest, capacity - values.size] if n]
         config = ChunkConfig(
             compression_level=coding.level,
             mode_spec=ModeSpec.classic(),
-            delta_spec=delta,
+            delta_spec=specs[coding.delta](),
             paging_spec=PagingSpec.exact_page_sizes(pages),
         )
         data = bytes(standalone.simple_compress(flat, config))
@@ -132,7 +137,7 @@ def array_json(dtype: np.dtype[Any], shape: tuple[int, int], coding: Coding) -> 
         }
         codecs = [_codec("bytes", endian="little"), _codec("blosc", **options, blocksize=0)]
     else:
-        delta: dict[str, object] = {"delta_spec": "none"}
+        delta: dict[str, object] = {"delta_spec": coding.delta}
         if coding.delta == "consecutive":
             delta = {"delta_spec": "try_consecutive", "delta_encoding_order": 1}
         codecs = [_codec("numcodecs.pcodec", level=coding.level, mode_spec="classic", **delta)]
