@@ -3,7 +3,7 @@ PY := .venv/bin/python
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: demo test lint types setup clean help
+.PHONY: demo test bench-cache soak lint types setup clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -16,6 +16,12 @@ demo: setup  ## the whole job on small models: dump two levels, train down the c
 
 test: setup  ## all tests
 	@$(PY) -m pytest
+
+bench-cache: setup  ## bytes, errors and read times of the cache beside rivals -> build/bench/cache.json
+	@OMP_NUM_THREADS=1 $(PY) -m scripts.bench_cache
+
+soak: setup  ## kills, corruptions, full disks: nothing lost, nothing silently wrong -> build/bench/soak.json
+	@$(PY) -m scripts.soak
 
 lint: setup  ## ruff
 	@$(PY) -m ruff check .
