@@ -33,15 +33,27 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--quick", action="store_true", help="names and sizes only: no hashing, no decoding"
             )
+    for name, text in {
+        "merge": "copy the sealed parts of caches of one identity into another",
+        "push": "copy a cache to an object store, or any other place",
+        "pull": "copy a cache from an object store, or any other place",
+    }.items():
+        command = commands.add_parser(name, help=text, description=text, epilog=EPILOG)
+        if name == "merge":
+            command.add_argument("target", help="directory or URL to copy to; created when it does not exist")
+            command.add_argument("sources", nargs="+", help="directories or URLs to copy from")
+        else:
+            command.add_argument("sources", nargs=1, metavar="source", help="directory or URL to copy from")
+            command.add_argument("target", help="directory or URL to copy to")
+        command.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    run = {"info": run_info, "verify": run_verify, "repair": run_repair, "finalize": run_finalize}[
-        arguments.command
-    ]
+    commands = {"info": run_info, "verify": run_verify, "repair": run_repair, "finalize": run_finalize}
+    run = commands.get(arguments.command, run_transfer)
     try:
         code, answer = run(arguments)
     except CascacheError as error:
@@ -119,6 +131,16 @@ def run_finalize(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     writer = CacheWriter.open(arguments.path, read_manifest(arguments.path))
     writer.finalize()
     return 0, {"path": arguments.path, "parts": len(writer.sealed)}
+
+
+def run_transfer(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Copy sealed parts; 1 when parts of the plan are still missing."""
+    from dataclasses import asdict
+
+    from common.cache.transfer import transfer
+
+    done = transfer(arguments.sources, arguments.target)
+    return int(bool(done.missing)), {"target": arguments.target} | asdict(done)
 
 
 if __name__ == "__main__":
