@@ -65,6 +65,12 @@ class PixelLoader:
             DataError: The sample is gone, or an image cannot be read.
             MismatchError: An image is not the one that the teacher saw, or takes another number of positions.
         """
+        num_spans = sum(span.kind == "image" for span in record.spans)
+        if num_spans != len(record.visual):
+            raise MismatchError(
+                f"sample {record.sample_id!r} has {num_spans} image spans, the cache names "
+                f"{len(record.visual)} images: the student would not see what the teacher saw; dump again"
+            )
         if not record.visual:
             return None
         hashes = tuple(image.image_sha256 for image in record.visual)

@@ -10,6 +10,7 @@ number of processes, by being asked for that step.
 """
 
 import hashlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
@@ -145,6 +146,7 @@ class TokenSampler(Sampler):
             )
         self._batches = lru_cache(maxsize=2)(self._pack_epoch)
         self._starts = [0]
+        self._lock = threading.Lock()
 
     def _pack_epoch(self, epoch: int) -> list[NDArray[np.int64]]:
         order = self._epoch(epoch)
@@ -158,8 +160,9 @@ class TokenSampler(Sampler):
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Return the step's batch; epochs before it are packed to know where it lies."""
-        while self._starts[-1] <= step:
-            self._starts.append(self._starts[-1] + len(self._batches(len(self._starts) - 1)))
+        with self._lock:  # the stream's threads ask for different steps at once
+            while self._starts[-1] <= step:
+                self._starts.append(self._starts[-1] + len(self._batches(len(self._starts) - 1)))
         epoch = int(np.searchsorted(self._starts, step, side="right")) - 1
         chosen = self._batches(epoch)[step - self._starts[epoch]]
         return np.stack([np.full(len(chosen), epoch), chosen], axis=1)

@@ -84,7 +84,13 @@ def test_another_number_of_positions_is_refused(shapes, processor, records):
 
 
 def test_text_only_samples_have_no_pixels(shapes, processor, records):
-    assert loader(shapes, processor).load(replace(records[0], visual=())) is None
+    spans = tuple(span for span in records[0].spans if span.kind != "image")
+    assert loader(shapes, processor).load(replace(records[0], visual=(), spans=spans)) is None
+
+
+def test_image_positions_without_a_named_image_are_refused(shapes, processor, records):
+    with pytest.raises(MismatchError, match="has 1 image spans, the cache names 0 images"):
+        loader(shapes, processor).load(replace(records[0], visual=()))
 
 
 def test_several_images_are_counted_apart(processor):

@@ -1,3 +1,5 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,6 +40,24 @@ def test_batches_are_a_function_of_the_step_alone():
     used = sampler()
     later_first = [used.batch(step).tolist() for step in (9, 0, 5, 9)]
     assert later_first == [sampler().batch(step).tolist() for step in (9, 0, 5, 9)]
+
+
+def test_threads_that_ask_at_once_see_the_same_order():
+    def fresh() -> Sampler:
+        return sampler(tokens=90)
+
+    steps = list(range(400, -1, -1))  # the first asked for makes every epoch before it
+    alone = fresh()
+    wanted = [alone.batch(step).tolist() for step in steps]
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        shared = fresh()
+        with ThreadPoolExecutor(8) as pool:
+            found = [batch.tolist() for batch in pool.map(shared.batch, steps)]
+    finally:
+        sys.setswitchinterval(switch)
+    assert found == wanted
 
 
 def test_seeds_and_epochs_differ():
