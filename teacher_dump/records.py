@@ -54,7 +54,7 @@ class PartCapture:
             wave: Samples submitted together.
             answerer: Answers samples first, where the teacher gives the responses.
         """
-        self._engine, self._capture, self._wave, self._answerer = engine, capture, wave, answerer
+        self._engine, self._capture, self.wave, self._answerer = engine, capture, wave, answerer
         self._bank: dict[str, VisualRecord] = {}
 
     def run(self, items: Iterable[Prepared | Quarantined]) -> Iterator[list[Record | Quarantined]]:
@@ -68,7 +68,7 @@ class PartCapture:
         wave: list[Prepared | Quarantined] = []
         for item in items:
             wave.append(item)
-            if len(wave) == self._wave:
+            if len(wave) == self.wave:
                 yield self._run_wave(wave)
                 wave = []
         if wave:
@@ -135,7 +135,7 @@ class PartCapture:
         prompt, capture = item.prompt, self._capture
         rows = response_rows(prompt.spans) if "response" in capture.positions else np.empty(0, np.int32)
         response = captured.response or _no_rows(capture.topk, len(capture.temperatures))
-        visual = tuple(self._bank[image.key] for image in prompt.images) if self._wants_visual else ()
+        visual = tuple(self._bank.get(image.key) or _seen(image) for image in prompt.images)
         return Record(
             item.sample_id, item.kind, prompt.token_ids, prompt.spans, to_topk(response, rows), visual
         )
@@ -163,6 +163,20 @@ def visual_record(image: ImageSpan, found: CapturedImage, rows: NDArray[np.int32
         hidden=found.hidden,
         factor=found.factor,
         factor_error=found.factor_error,
+    )
+
+
+def _seen(image: ImageSpan) -> VisualRecord:
+    """What a record says of an image when no knowledge of it is kept: which one it was, and where."""
+    return VisualRecord(
+        key=image.key,
+        image_sha256=image.sha256,
+        start=image.start,
+        num_positions=image.stop - image.start,
+        tiles=image.tiles,
+        topk=None,
+        hidden=None,
+        factor=None,
     )
 
 
