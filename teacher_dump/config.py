@@ -76,6 +76,10 @@ class DumpConfig(Frozen):
     """Devices that each layer is spread over."""
     pipeline_parallel: int = Field(1, ge=1)
     """Groups of devices that the layers are spread over."""
+    workers: int = Field(1, ge=1)
+    """Engines that dump parts side by side, through Ray; each on its own share of cores or GPUs."""
+    ray: str | None = None
+    """Address of a Ray cluster for the workers (`auto`: the one this machine is in); else this machine."""
     engine_arg: tuple[str, ...] = ()
     """Any other vLLM engine argument as key=value; may be given several times."""
     any_vllm: bool = False

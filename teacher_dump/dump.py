@@ -6,18 +6,16 @@ What is sealed stays; whatever stops the run, the same command goes on from the 
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from common.cache.writer import CacheWriter, read_seal
 from common.models import resolve_model
-from schemas.manifest import Capture, PartSeal, Quarantined
-from teacher_dump.answers import Answerer
+from schemas.manifest import PartSeal
 from teacher_dump.asking import open_data
 from teacher_dump.config import DumpConfig
 from teacher_dump.cost import check_disk, describe
@@ -30,10 +28,11 @@ from teacher_dump.level import (
     make_manifest,
     plan_dump,
 )
+from teacher_dump.parts import capture_part, make_capture, seal_part
 from teacher_dump.plan import Part
-from teacher_dump.prompts import Prepared, Preparer, prepare_ahead
+from teacher_dump.prompts import Preparer, prepare_ahead
 from teacher_dump.quarantine import QuarantineLog
-from teacher_dump.records import PartCapture, PartResult, split
+from teacher_dump.records import PartCapture
 from teacher_dump.teacher import Teacher, find_teacher
 
 Say = Callable[[str], None]
@@ -73,19 +72,16 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
         f"{len(todo)} of {plan.num_parts} parts to do"
     )
     quarantine = QuarantineLog(
-        config, len(plan.order), [read_seal(Path(config.out), part) for part in sorted(sealed)]
+        config, len(plan.order), [read_seal(writer.store, part) for part in sorted(sealed)]
     )
     if todo:
         check_disk(config, describe(config, teacher, plan, todo, preparer, source))
-        settings = engine_settings(config, teacher, manifest.capture)
-        with Engine(settings) as engine:
-            capture = PartCapture(
-                engine,
-                manifest.capture,
-                wave=config.max_num_seqs,
-                answerer=make_answerer(engine, teacher, manifest.capture),
-            )
-            run_parts(config, capture, writer, todo, preparer, quarantine)
+        if config.workers > 1 or config.ray is not None:
+            run_workers(config, writer, todo, teacher, quarantine)
+        else:
+            with Engine(engine_settings(config, teacher, manifest.capture)) as engine:
+                capture = make_capture(engine, config, teacher, manifest.capture)
+                run_parts(config, capture, writer, todo, preparer, quarantine)
     writer.finalize()
     return {
         "cache": config.out,
@@ -111,44 +107,28 @@ def run_parts(
         sealing: Future[PartSeal] | None = None
         for part in todo:
             mine = islice(items, len(part.samples))
-            result = _capture_part(capture, mine, bar)
+            result = capture_part(capture, mine, bar)
             quarantine.check(result.quarantined)
             if sealing is not None:
                 quarantine.add(sealing.result())
-            sealing = sealer.submit(_seal, writer, part, result)
+            sealing = sealer.submit(seal_part, writer, part, result)
         if sealing is not None:
             quarantine.add(sealing.result())
 
 
-def make_answerer(engine: Engine, teacher: Teacher, capture: Capture) -> Answerer | None:
-    """What answers samples first, where the teacher gives the responses."""
-    if capture.responses == "data":
-        return None
-    return Answerer(
-        engine,
-        teacher.processor,
-        capture,
-        vocab_size=teacher.vocab_size,
-        vocab_rows=teacher.vocab_rows,
-    )
+def run_workers(
+    config: DumpConfig, writer: CacheWriter, todo: list[Part], teacher: Teacher, quarantine: QuarantineLog
+) -> None:
+    """Have the parts of `todo` written by other processes."""
+    from teacher_dump.distributed import dump_parts
 
-
-def _capture_part(capture: PartCapture, items: Iterator[Prepared | Quarantined], bar: Any) -> PartResult:
-    results = []
-    for done in capture.run(items):
-        results += done
-        bar.update(len(done))
-    return split(results)
-
-
-def _seal(writer: CacheWriter, part: Part, result: PartResult) -> PartSeal:
-    return writer.write_part(
-        part.index,
-        result.records,
-        first_sample=part.first_sample,
-        num_samples=len(part.samples),
-        quarantined=result.quarantined,
-    )
+    sizes = {part.index: len(part.samples) for part in todo}
+    with _bar(sum(sizes.values())) as bar:
+        for part in dump_parts(config, writer.manifest, teacher, todo):
+            seal = read_seal(writer.store, part)
+            quarantine.check(list(seal.quarantined))
+            quarantine.add(seal)
+            bar.update(sizes[part])
 
 
 def _bar(num_samples: int) -> Any:

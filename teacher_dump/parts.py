@@ -1,0 +1,68 @@
+"""One part from samples to seal, as every way of running a dump does it.
+
+source indices ──prepare ahead──> waves ──engine──> records ──encode──> sealed part
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from common.cache.writer import CacheWriter
+from schemas.manifest import Capture, PartSeal, Quarantined
+from teacher_dump.answers import Answerer
+from teacher_dump.config import DumpConfig
+from teacher_dump.engine import Engine
+from teacher_dump.plan import Part
+from teacher_dump.prompts import Prepared, Preparer, prepare_ahead
+from teacher_dump.records import PartCapture, PartResult, split
+from teacher_dump.teacher import Teacher
+
+
+def make_capture(engine: Engine, config: DumpConfig, teacher: Teacher, capture: Capture) -> PartCapture:
+    """What runs parts through a started engine; the teacher answers first where it gives the responses."""
+    answerer = None
+    if capture.responses == "teacher":
+        answerer = Answerer(
+            engine,
+            teacher.processor,
+            capture,
+            vocab_size=teacher.vocab_size,
+            vocab_rows=teacher.vocab_rows,
+        )
+    return PartCapture(engine, capture, wave=config.max_num_seqs, answerer=answerer)
+
+
+def capture_part(
+    capture: PartCapture, items: Iterator[Prepared | Quarantined], bar: Any = None
+) -> PartResult:
+    """Records and quarantined samples of one part.
+
+    Args:
+        capture: Runs it.
+        items: The part's samples, prepared.
+        bar: A progress bar to move on, sample by sample.
+    """
+    results = []
+    for done in capture.run(items):
+        results += done
+        if bar is not None:
+            bar.update(len(done))
+    return split(results)
+
+
+def seal_part(writer: CacheWriter, part: Part, result: PartResult) -> PartSeal:
+    """Write a part and seal it."""
+    return writer.write_part(
+        part.index,
+        result.records,
+        first_sample=part.first_sample,
+        num_samples=len(part.samples),
+        quarantined=result.quarantined,
+    )
+
+
+def write_part(
+    writer: CacheWriter, part: Part, capture: PartCapture, preparer: Preparer, *, threads: int
+) -> PartSeal:
+    """Prepare, capture and seal one part."""
+    items = prepare_ahead(preparer, part.samples.tolist(), threads=threads, ahead=2 * capture.wave)
+    return seal_part(writer, part, capture_part(capture, items))
