@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cache.writer import sealed_parts
+from teacher_dump import dump
 from teacher_dump.cli import main
 from tests.teacher_dump.examples import ANSWERS, QUESTIONS, SIZES, picture
 from tests.teacher_dump.forked import fork
@@ -100,6 +101,9 @@ def interrupted(models: Path) -> dict[str, Any]:
     heard = root / "interrupted.log"
 
     def run() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts out deaf to it
+        seal = dump.seal_part
+        dump.seal_part = lambda *parts: (time.sleep(0.3), seal(*parts))[1]  # time enough to interrupt it
         with heard.open("w") as file, contextlib.redirect_stderr(file):
             return main(arguments)
 

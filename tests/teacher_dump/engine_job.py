@@ -6,9 +6,11 @@ from typing import Any
 
 from common.chat import load_processor
 from common.errors import CascacheError
+from schemas.manifest import Capture
 from teacher_dump.engine import Engine, EngineSettings
+from teacher_dump.records import PartCapture
 from teacher_dump.request import Captured, CaptureSettings
-from tests.teacher_dump.examples import prepare, samples, submission
+from tests.teacher_dump.examples import prepare, questions_on_one_image, samples, submission
 
 TOPK = 64
 
@@ -113,6 +115,31 @@ def preempted(models: Path, family: str) -> dict[str, Any]:
         runner.execute_model = execute_model
         found = engine.run([submission(prepare(processor, each)) for each in samples()])
         return {"captured": found, "preemptions": len(seen)}
+
+
+def shared(models: Path, family: str, cached: str) -> dict[str, Any]:
+    """A part of many questions on one image, with vLLM's prefix cache on or off."""
+    processor = load_processor(str(models / family))
+    items = [prepare(processor, each) for each in questions_on_one_image()]
+    wanted = settings(models / family, prefix_cache=cached == "on", arguments={"block_size": 32})
+    with Engine(wanted) as engine:
+        runner = engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        computed, waves = [0], [0]
+        inner, run = runner.execute_model, engine._run
+
+        def execute_model(scheduler_output: Any, *arguments: Any) -> Any:
+            computed[0] += scheduler_output.total_num_scheduled_tokens
+            return inner(scheduler_output, *arguments)
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            waves[0] += 1
+            return run(*arguments, **options)
+
+        runner.execute_model, engine._run = execute_model, counted  # type: ignore[method-assign]
+        part = PartCapture(engine, Capture(topk=TOPK, visual_topk=TOPK, temperatures=(1.0, 2.0)), wave=5)
+        results = [each for done in part.run(items) for each in done]
+        again = [each for done in part.run(items) for each in done]
+        return {"results": results, "again": again, "computed": computed[0] // 2, "waves": waves[0] // 2}
 
 
 def missing_seam(models: Path, family: str) -> str:

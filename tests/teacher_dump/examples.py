@@ -59,6 +59,14 @@ def samples() -> list[Sample]:
     ]
 
 
+def questions_on_one_image() -> list[Sample]:
+    """Ten questions on one image, one of them asked three times with the same answer."""
+    shown = [picture(4, *SIZES[4])]
+    different = [sample(f"q{index}", shown, turns=1 + index % 2, shift=index) for index in range(8)]
+    same = [sample(f"again{index}", shown, turns=3, shift=1) for index in range(3)]
+    return [*different, *same]
+
+
 def prepare(processor: Any, example: Sample) -> Prepared:
     """As the dump prepares it."""
     encoded = [each.data or b"" for each in example.images]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from common.chat import load_processor
+from common.record import Record
 from common.relation import factor_exact, head_gram, relation
 from common.spans import response_rows
 from teacher_dump.request import Captured
@@ -28,6 +29,8 @@ CASES = [
     "tampered:llava_siglip",
     "shifted_rows:llava_siglip",
     "preempted:llava_siglip",
+    "shared:llava_onevision:on",
+    "shared:llava_onevision:off",
     "missing_seam:llava_siglip",
     "vanishing:llava_siglip",
 ]
@@ -202,6 +205,40 @@ def test_preemption_loses_and_repeats_nothing(answers: Callable[[str], Any]):
         assert preempted.problem is None, preempted.problem
         assert np.abs(preempted.response.logsumexp - calm.response.logsumexp).max() <= TOLERANCE
         assert (preempted.response.token_ids == calm.response.token_ids).all()
+
+
+def assert_close(found: Record, wanted: Record) -> None:
+    assert (found.sample_id, found.spans) == (wanted.sample_id, wanted.spans)
+    pairs = [(found.response, wanted.response)]
+    for ours, theirs in zip(found.visual, wanted.visual, strict=True):
+        assert ours.key == theirs.key
+        assert ours.topk is not None
+        assert theirs.topk is not None
+        pairs.append((ours.topk, theirs.topk))
+        assert np.abs(ours.hidden - theirs.hidden).max() <= TOLERANCE  # type: ignore[operator]
+    for rows, expected in pairs:
+        assert (rows.positions == expected.positions).all()
+        assert np.abs(rows.logsumexp - expected.logsumexp).max() <= TOLERANCE
+        assert np.abs(rows.logprobs - expected.logprobs).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_questions_share_an_image_through_the_prefix_cache(answers: Callable[[str], Any]):
+    """Every wanted position is seen exactly once an image; rows that another sample computed come again."""
+    cached, plain = answers("shared:llava_onevision:on"), answers("shared:llava_onevision:off")
+    for found, wanted in zip(cached["results"], plain["results"], strict=True):
+        assert isinstance(found, Record), found
+        assert_close(found, wanted)
+    assert cached["waves"] > plain["waves"], "a sample asked again had its rows in the cache"
+    assert cached["computed"] < 0.8 * plain["computed"]
+
+
+@pytest.mark.slow
+def test_a_part_does_not_depend_on_the_parts_before_it(answers: Callable[[str], Any]):
+    case = answers("shared:llava_onevision:on")
+    for found, wanted in zip(case["again"], case["results"], strict=True):
+        assert np.array_equal(found.response.logsumexp, wanted.response.logsumexp)
+        assert np.array_equal(found.visual[0].hidden, wanted.visual[0].hidden)
 
 
 @pytest.mark.slow
