@@ -4,14 +4,10 @@
            ──tokenise─> prompt ids, one image token an image offsets tell which tokens answer
            ──expand──> token ids as the teacher sees them   spans and patch tiles per image
 
-A response runs from the generation prompt to the end of its turn, the end-of-turn token included and
-the white space after it not. It is found by rendering prefixes of the conversation, so the template
-must be prefix-consistent; one that rewrites earlier turns is refused.
-
-A teacher that answers itself reads the same conversation as a dialogue: what stands before each answer,
-with its own answers in between, token for token as it gave them.
-
-       segment 0 ── answer 0 ── segment 1 ── answer 1     every assistant turn, given its own earlier ones
+A response runs from the generation prompt to the end of its turn, the end-of-turn token included (and
+added where the template writes none, as LLaVA-1.5's) and the white space after it not. It is found by
+rendering prefixes of the conversation, so the template must be prefix-consistent; one that rewrites
+earlier turns is refused.
 """
 
 import hashlib
@@ -276,6 +272,19 @@ def render(processor: Any, sample: Sample) -> Rendered:
                 reason="template",
             )
         ranges.append((len(before), len(before) + len(answer)))
+    return _close_turns(Rendered(text, tuple(ranges)), processor.tokenizer)
+
+
+def _close_turns(rendered: Rendered, tokenizer: Any) -> Rendered:
+    """End every response with a special token: where the template writes none, a student would never stop."""
+    text, ranges, inserted = rendered.text, [], 0
+    for start, stop in rendered.responses:
+        start, stop = start + inserted, stop + inserted
+        if not text[:stop].endswith(tuple(tokenizer.all_special_tokens)):
+            text = text[:stop] + tokenizer.eos_token + text[stop:]
+            stop += len(tokenizer.eos_token)
+            inserted += len(tokenizer.eos_token)
+        ranges.append((start, stop))
     return Rendered(text, tuple(ranges))
 
 

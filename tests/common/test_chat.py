@@ -179,7 +179,7 @@ def test_templates_that_hide_responses_are_refused(
 
 
 def test_a_template_with_a_space_before_the_answer(llava: Any, monkeypatch: pytest.MonkeyPatch):
-    """As LLaVA-1.5's: the generation prompt ends without the space that the response starts with."""
+    """As LLaVA-1.5's: the response starts with the generation prompt's missing space, and has no end."""
     template = (
         "{% for m in messages %}{{ m.role | upper }}: {% for c in m.content %}"
         "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}{% endfor %} {% endfor %}"
@@ -187,7 +187,8 @@ def test_a_template_with_a_space_before_the_answer(llava: Any, monkeypatch: pyte
     )
     monkeypatch.setattr(llava, "chat_template", template)
     prompt = to_prompt(llava, sample(*TALK), inputs((56, 56)))
-    assert decoded(llava, prompt, "response") == [" a red dog.", " two"]
+    end = llava.tokenizer.eos_token
+    assert decoded(llava, prompt, "response") == [f" a red dog.{end}", f" two{end}"]
 
 
 def test_bos_comes_once(llava: Any, monkeypatch: pytest.MonkeyPatch):
