@@ -40,8 +40,9 @@ class DumpConfig(Frozen):
     """Questions drawn for each image with --ask."""
     temperature: tuple[float, ...] = ()
     """Further temperatures whose normaliser and tail are kept; may be given several times."""
-    max_len: int = Field(4096, ge=2)
-    """Longest sequence dumped, image positions included; longer samples are quarantined."""
+    max_len: int = Field(16384, ge=2)
+    """Longest sequence dumped, image positions included (at most what the teacher takes); longer ones
+    are quarantined. A 1920 × 1080 image alone takes 7,269 positions of LLaVA-OneVision."""
     limit: int | None = Field(None, ge=1)
     """Dump only the first so many samples."""
     part_samples: int | None = Field(None, ge=1)

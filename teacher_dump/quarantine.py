@@ -9,10 +9,14 @@ from teacher_dump.config import DumpConfig
 
 
 class QuarantineLog:
-    """`<out>.quarantine.jsonl`: one line per sample that has no record, and the limit on them."""
+    """`<out>.quarantine.jsonl`: one line per sample that has no record, and the limit on them.
+
+    A convenience: the seals hold the same. For a cache in an object store it lies in the working directory.
+    """
 
     def __init__(self, config: DumpConfig, num_samples: int, sealed: list[PartSeal]) -> None:
-        self.path = Path(f"{config.out.rstrip('/')}.quarantine.jsonl")
+        place = config.out.rstrip("/")
+        self.path = Path(f"{place.rpartition('/')[2] if '://' in place else place}.quarantine.jsonl")
         self.count = 0
         self._allowed = config.max_quarantine * num_samples
         self._share, self._num_samples = config.max_quarantine, num_samples
