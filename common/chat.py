@@ -8,6 +8,11 @@ A response runs from the generation prompt to the end of its turn, the end-of-tu
 added where the template writes none, as LLaVA-1.5's) and the white space after it not. It is found by
 rendering prefixes of the conversation, so the template must be prefix-consistent; one that rewrites
 earlier turns is refused.
+
+A teacher that answers itself reads the same conversation as a dialogue: what stands before each answer,
+with its own answers in between, token for token as it gave them.
+
+       segment 0 ── answer 0 ── segment 1 ── answer 1     every assistant turn, given its own earlier ones
 """
 
 import hashlib
