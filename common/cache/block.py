@@ -95,16 +95,17 @@ class Block:
             raise PartCorrupt(f"{self.where}: a sample names an image that the block lacks; {AGAIN}")
         return offsets
 
-    def _rows(self, table: str, owners: NDArray[np.int32]) -> Rows | None:
+    def _rows(self, table: str, counts: NDArray[np.int32]) -> Rows | None:
+        owners = np.maximum(counts, 0)
+        if not owners.any():
+            return None
         columns = {
             k.removeprefix(f"{table}_"): v for k, v in self._columns.items() if k.startswith(f"{table}_")
         }
-        if not columns.get("codes", np.empty(0)).size:
-            return None
         try:
-            return decode_rows(columns, self._codings[table], self._manifest, np.maximum(owners, 0).tolist())
+            return decode_rows(columns, self._codings[table], self._manifest, owners.tolist())
         except (IndexError, ValueError, KeyError) as error:
-            raise PartCorrupt(f"{self.where}: {table} rows do not decode ({error}); {AGAIN}") from error
+            raise PartCorrupt(f"{self.where}: {table} rows do not decode ({error!r}); {AGAIN}") from error
 
     def sample_id(self, index: int) -> str:
         """Id of the block's `index`-th sample."""

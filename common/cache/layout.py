@@ -26,7 +26,7 @@ INDEX: Final = "index"
 WRITING: Final = ".writing"
 METADATA: Final = "zarr.json"
 GUARD: Final = "sha256"
-"""Attribute of the root, of seals and of the index: SHA-256 over the other attributes."""
+"""Attribute of the root, of parts, of seals and of the index: SHA-256 over the other attributes."""
 
 KNOWN_NAMES: Final = frozenset({METADATA, PARTS, SEALS, INDEX, WRITING})
 """Everything that may stand at the root of a cache."""
@@ -91,7 +91,9 @@ def _digest(value: object) -> str:
 
 def identity_fields(manifest: Manifest) -> dict[str, object]:
     """The manifest's fields that must be equal to share a cache, as JSON values."""
-    return manifest.model_dump(mode="json", exclude=set(LOCATION_FIELDS))
+    left_out = {**dict.fromkeys(LOCATION_FIELDS, True), "teacher": {"model": True}}
+    fields: dict[str, object] = manifest.model_dump(mode="json", exclude=left_out)
+    return fields
 
 
 def identity_sha256(manifest: Manifest) -> str:

@@ -4,7 +4,6 @@ columns of B blocks ── pad to the longest ──> [B, ..., C] ── shard �
 lengths[name][b] stands in the group's attributes; readers cut the padding off again.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -59,7 +58,7 @@ def write_part_files(directory: Path, part: PackedPart, *, profile: str) -> None
         arrays = {name: future.result() for name, future in waiting.items()}
     codings = {table: asdict(coding) for table, coding in part.codings.items()}
     attributes: dict[str, object] = {"num_blocks": len(part.blocks), "ids": codings, "arrays": arrays}
-    write_synced(directory / layout.METADATA, layout.group_json(attributes))
+    write_synced(directory / layout.METADATA, layout.guarded_json(attributes))
     sync_directory(directory)
 
 
@@ -87,7 +86,7 @@ def _write_array(
     page = [_page(spec, piece.size // (ranks or 1)) for piece in flat]
     write_shard(directory, flat, page, coding_for(profile, dtype, spec.packing))
     lengths = [piece.size // (ranks or 1) for piece in flat]
-    return {"lengths": lengths} | ({} if ranks is None else {"ranks": ranks})
+    return {"dtype": dtype.name, "lengths": lengths} | ({} if ranks is None else {"ranks": ranks})
 
 
 def _flatten(piece: Array | None, ranks: int | None, dtype: np.dtype[Any]) -> Array:
@@ -143,11 +142,11 @@ class PartReader:
         self.arrays: dict[str, ShardReader] = dict(zip(names, opened, strict=True))
         for name, array in self.arrays.items():
             most = max(self.info.lengths[name]) * self.info.ranks.get(name, 1)
-            if array.meta.num_blocks != self.num_blocks or most > array.meta.capacity:
-                found = f"[{array.meta.num_blocks}, {array.meta.capacity}]"
-                raise PartCorrupt(
-                    f"{array.where}: {found} cannot hold {self.num_blocks} blocks of {most}; {AGAIN}"
-                )
+            fits = array.meta.num_blocks == self.num_blocks and most <= array.meta.capacity
+            if not fits or array.meta.dtype.name != self.info.dtypes[name]:
+                found = f"{array.meta.dtype} [{array.meta.num_blocks}, {array.meta.capacity}]"
+                wanted = f"{self.num_blocks} blocks of {most} {self.info.dtypes[name]}"
+                raise PartCorrupt(f"{array.where}: {found} cannot hold {wanted}; {AGAIN}")
 
     def _map(self, work: Callable[[str], T], names: Sequence[str]) -> list[T]:
         """Over a network, requests wait side by side; on a disk, one after the other is faster."""
@@ -198,6 +197,8 @@ class PartInfo:
     """Blocks in the part."""
     codings: dict[str, IdCoding]
     """How each table's ids are coded."""
+    dtypes: dict[str, str]
+    """Type of each array."""
     lengths: dict[str, list[int]]
     """Used length of each array's last axis, block by block."""
     ranks: dict[str, int]
@@ -212,7 +213,7 @@ def read_part_info(store: Store, key: str) -> PartInfo:
     """
     path = f"{store.name}/{key}"
     try:
-        attributes = json.loads(store.read(key))["attributes"]
+        attributes: dict[str, Any] = layout.read_guarded_json(store.read(key))
         arrays = {str(name): dict(used) for name, used in attributes["arrays"].items()}
         info = PartInfo(
             num_blocks=int(attributes["num_blocks"]),
@@ -220,6 +221,7 @@ def read_part_info(store: Store, key: str) -> PartInfo:
                 str(t): IdCoding(c["scope"], ranked=bool(c["ranked"]), ties=bool(c["ties"]))
                 for t, c in attributes["ids"].items()
             },
+            dtypes={name: str(used["dtype"]) for name, used in arrays.items()},
             lengths={name: [int(n) for n in used["lengths"]] for name, used in arrays.items()},
             ranks={name: int(used["ranks"]) for name, used in arrays.items() if "ranks" in used},
         )
@@ -233,7 +235,10 @@ def read_part_info(store: Store, key: str) -> PartInfo:
         for n, v in info.lengths.items()
         if n not in known or len(v) != info.num_blocks or min(v, default=0) < 0
     ]
-    bad += [n for n, v in info.ranks.items() if v < 1]
+    two_axes = {n for n in info.lengths.keys() & known.keys() if len(known[n].axes) == 2}
+    bad += [n for n, spec in known.items() if info.num_blocks and not spec.optional and n not in info.lengths]
+    bad += [n for n, v in info.ranks.items() if v < 1] + sorted(two_axes ^ info.ranks.keys())
+    bad += [n for n in info.lengths.keys() & known.keys() if info.dtypes[n] not in known[n].dtypes]
     bad += [t for t, c in info.codings.items() if t not in ROW_TABLES or c.scope not in get_args(IdScope)]
     if bad:
         raise PartCorrupt(f"{path}: {bad[0]!r} is not of this format; dump the part again")

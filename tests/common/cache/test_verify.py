@@ -239,14 +239,24 @@ def huge(document, capacity):
     document["codecs"][0]["configuration"]["chunk_shape"] = [1, capacity]
 
 
-@pytest.mark.parametrize("length", [-1, 10**12])
-def test_hostile_lengths_are_refused(cache, length):
-    path = arrays_of(cache) / "zarr.json"
-    document = json.loads(path.read_bytes())
-    document["attributes"]["arrays"]["sample_tokens"]["lengths"][0] = length
-    path.write_text(json.dumps(document))
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays: arrays["sample_tokens"]["lengths"].__setitem__(0, -1),
+        lambda arrays: arrays["sample_tokens"]["lengths"].__setitem__(0, 10**12),
+        lambda arrays: arrays["sample_spans"].pop("ranks"),
+        lambda arrays: arrays["sample_spans"].update(ranks=0),
+        lambda arrays: arrays["sample_tokens"].update(ranks=2),
+        lambda arrays: arrays["sample_tokens"].update(dtype="float32"),
+        lambda arrays: arrays.update(surprise=arrays["sample_tokens"]),
+        lambda arrays: arrays.pop("sample_tokens"),
+        lambda arrays: arrays.pop("response_codes"),
+    ],
+)
+def test_hostile_part_attributes_are_refused(cache, change):
+    rewrite(arrays_of(cache) / "zarr.json", lambda attributes: change(attributes["arrays"]))
     with pytest.raises(CacheError):
-        CacheReader(str(cache)).read_block(0)
+        CacheReader(str(cache)).read_block(0).record(0)
 
 
 def test_damage_met_while_reading_is_an_error(cache):
