@@ -8,8 +8,8 @@ import torch
 from common.data.shapes import write_shapes
 from common.data.source import open_source
 from common.models import TINY
+from scripts.plain_dump import dump_plain
 from student_train.config import TrainConfig
-from tests.student_train.plain_dump import dump_plain
 
 TEACHER = str(TINY / "tiny-l1")
 STUDENT = str(TINY / "tiny-student")

@@ -4,13 +4,17 @@ Good enough for everything that trains, and quick on the tiny models.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from common.cache.writer import CacheWriter
-from common.chat import ImageInput, Prompt, load_processor, to_prompt
+from common.chat import ImageInput, ImageSpan, Prompt, load_processor, to_prompt
 from common.data.source import SampleSource
 from common.fingerprint import fingerprints, weights_sha256
 from common.images import decode_image, image_bytes
@@ -32,9 +36,28 @@ from student_train.pixels import preprocess
 
 
 def dump_plain(
-    model: str, source: SampleSource, out: Path, *, indices=None, topk=16, part_samples=64, block_rows=2048
+    model: str,
+    source: SampleSource,
+    out: Path,
+    *,
+    indices: Sequence[int] | None = None,
+    topk: int = 16,
+    part_samples: int = 64,
+    block_rows: int = 2048,
+    vocab_size: int | None = None,
 ) -> Path:
-    """Dump a teacher's knowledge of some samples of a source."""
+    """Dump a teacher's knowledge of some samples of a source.
+
+    Args:
+        model: The teacher's directory.
+        source: The samples.
+        out: Where the cache goes.
+        indices: Which of them; all unless given.
+        topk: Kept ids a row.
+        part_samples: Samples a part.
+        block_rows: Rows a block.
+        vocab_size: Real tokens; as many as the tokenizer has unless given.
+    """
     processor, teacher = load_processor(model), load_student(model)
     teacher.eval()
     chosen = list(range(len(source)) if indices is None else indices)
@@ -47,7 +70,7 @@ def dump_plain(
         ),
         fingerprints=fingerprints(processor),
         vocab_rows=teacher.head_weight.shape[0],
-        vocab_size=len(processor.tokenizer),
+        vocab_size=vocab_size or len(processor.tokenizer),
         hidden_size=teacher.head_weight.shape[1],
         samples=SampleSet(fingerprint=source.fingerprint(), num_samples=len(chosen)),
         data_source=DataSource(path=source.path, image_root=source.image_root),
@@ -69,7 +92,13 @@ def dump_plain(
 
 @torch.no_grad()
 def _record(
-    teacher: Student, processor, source: SampleSource, row: int, manifest: Manifest, gram, known
+    teacher: Student,
+    processor: Any,
+    source: SampleSource,
+    row: int,
+    manifest: Manifest,
+    gram: Tensor,
+    known: dict[str, VisualRecord],
 ) -> Record:
     sample = source[row]
     encoded = [image_bytes(image, source.image_root) for image in sample.images]
@@ -94,7 +123,7 @@ def _record(
     )
 
 
-def _hidden(teacher: Student, processor, prompt: Prompt, images) -> torch.Tensor:
+def _hidden(teacher: Student, processor: Any, prompt: Prompt, images: list[Any]) -> Tensor:
     ids = torch.from_numpy(prompt.token_ids.astype(np.int64))[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if images:
@@ -104,7 +133,7 @@ def _hidden(teacher: Student, processor, prompt: Prompt, images) -> torch.Tensor
     return teacher.hidden(inputs)[0]
 
 
-def _topk(logits: torch.Tensor, positions, topk: int) -> TopK:
+def _topk(logits: Tensor, positions: NDArray[np.integer], topk: int) -> TopK:
     rows = sparse_rows(logits[torch.from_numpy(positions.astype(np.int64))], topk)
     return TopK(
         positions=positions.astype(np.int32),
@@ -115,7 +144,9 @@ def _topk(logits: torch.Tensor, positions, topk: int) -> TopK:
     )
 
 
-def _visual(span, hidden: torch.Tensor, logits: torch.Tensor, manifest: Manifest, gram) -> VisualRecord:
+def _visual(
+    span: ImageSpan, hidden: Tensor, logits: Tensor, manifest: Manifest, gram: Tensor
+) -> VisualRecord:
     factor = factor_relation(
         relation(hidden[span.start : span.stop], gram),
         tolerance=manifest.relation.tolerance,
@@ -129,6 +160,6 @@ def _visual(span, hidden: torch.Tensor, logits: torch.Tensor, manifest: Manifest
         tiles=span.tiles,
         topk=_topk(logits, np.arange(span.start, span.stop), manifest.capture.visual_topk),
         hidden=None,
-        factor=factor.factor.numpy() if hasattr(factor, "factor") else factor[0].numpy(),
-        factor_error=float(factor[1]),
+        factor=factor.factor.numpy(),
+        factor_error=factor.error,
     )
