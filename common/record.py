@@ -37,7 +37,8 @@ class TopK:
     logsumexp: NDArray[np.float32]
     """[N, H] logsumexp of logits / temperature: raw logits are `logprobs + logsumexp[:, :1]`."""
     counts: NDArray[np.int32] | None = None
-    """[N, K] draws of each id in the random sampling modes; 0 for exactly kept ids."""
+    """[N, K] draws of each id in the random sampling modes, in proportion to its probability among all ids
+    that are not kept exactly; 0 for exactly kept ids."""
 
 
 @dataclass(frozen=True, slots=True)

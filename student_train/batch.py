@@ -6,12 +6,15 @@ A *row* is an index `b * T + position` into the flattened [B * T, D] hidden stat
 runs only where a term needs it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from schemas.sample import Tile
+
+Move = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +28,9 @@ class SparseTargets:
     log_tail: Tensor
     """[N] float32 log of the mass outside the kept ids; −inf when nothing is outside."""
 
-    def to(self, device: torch.device) -> "SparseTargets":
-        """Copy to a device."""
-        return SparseTargets(
-            self.token_ids.to(device, non_blocking=True),
-            self.logprobs.to(device, non_blocking=True),
-            self.log_tail.to(device, non_blocking=True),
-        )
+    def map(self, move: Move) -> "SparseTargets":
+        """Return targets of moved tensors."""
+        return SparseTargets(move(self.token_ids), move(self.logprobs), move(self.log_tail))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +46,9 @@ class RelationTarget:
     teacher_tiles: tuple[Tile, ...]
     """The teacher's patch grid over the factor's rows."""
 
-    def to(self, device: torch.device) -> "RelationTarget":
-        """Copy to a device."""
-        rows, factor = (each.to(device, non_blocking=True) for each in (self.rows, self.factor))
-        return replace(self, rows=rows, factor=factor)
+    def map(self, move: Move) -> "RelationTarget":
+        """Return a target of moved tensors."""
+        return replace(self, rows=move(self.rows), factor=move(self.factor))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +73,8 @@ class Batch:
     """One per image that has a factor."""
     num_tokens: int
     """Real (unpadded) tokens."""
+    visual_weights: Tensor | None = None
+    """[M] float32 cached rows that each image row stands for, where only some were chosen; None: one each."""
 
     @property
     def num_positions(self) -> int:
@@ -85,16 +85,23 @@ class Batch:
         """Copy to a device; the same object when it is there already."""
         if self.response_rows.device == device:
             return self
-        move = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """Copy to page-locked host memory, from which a GPU copies while it computes."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, move: Move) -> "Batch":
         return replace(
             self,
-            inputs=move,
-            response_rows=self.response_rows.to(device, non_blocking=True),
-            response_labels=self.response_labels.to(device, non_blocking=True),
-            response_targets=self.response_targets and self.response_targets.to(device),
-            visual_rows=self.visual_rows.to(device, non_blocking=True),
-            visual_targets=self.visual_targets and self.visual_targets.to(device),
-            relations=tuple(each.to(device) for each in self.relations),
+            inputs={name: move(value) for name, value in self.inputs.items()},
+            response_rows=move(self.response_rows),
+            response_labels=move(self.response_labels),
+            response_targets=self.response_targets and self.response_targets.map(move),
+            visual_rows=move(self.visual_rows),
+            visual_targets=self.visual_targets and self.visual_targets.map(move),
+            relations=tuple(each.map(move) for each in self.relations),
+            visual_weights=None if self.visual_weights is None else move(self.visual_weights),
         )
 
 
@@ -109,4 +116,5 @@ def without_targets(batch: Batch) -> Batch:
         visual_targets=None,
         relations=(),
         num_tokens=0,
+        visual_weights=None,
     )

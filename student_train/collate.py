@@ -67,6 +67,8 @@ class Wanted:
     """Temperature of the distributions."""
     column: int = 0
     """Which of the cached normalisers is of that temperature."""
+    hidden_relation: bool = False
+    """Take relations from raw hidden states where there is no factor: R = H Hᵀ has the factor H."""
 
 
 def collate(examples: Sequence[Example], layout: InputLayout, wanted: Wanted) -> Batch:
@@ -97,8 +99,9 @@ def collate(examples: Sequence[Example], layout: InputLayout, wanted: Wanted) ->
         response_targets=to_targets(responses, layout.vocab_size, wanted) if responses else None,
         visual_rows=torch.from_numpy(_concatenate([topk.positions + at * length for at, topk in kept])),
         visual_targets=to_targets([topk for _, topk in kept], layout.vocab_size, wanted) if kept else None,
-        relations=_relations(records, length) if "relation" in wanted.terms else (),
+        relations=_relations(records, length, wanted) if "relation" in wanted.terms else (),
         num_tokens=sum(len(record.token_ids) for record in records),
+        visual_weights=_visual_weights(examples, kept) if kept and wanted.visual_positions else None,
     )
 
 
@@ -143,6 +146,15 @@ def _kept_visual(examples: Sequence[Example], wanted: Wanted) -> list[tuple[int,
     ]
 
 
+def _visual_weights(examples: Sequence[Example], kept: Sequence[tuple[int, TopK]]) -> Tensor:
+    """Cached rows over chosen rows of each row's image: the weighted mean estimates that over all of them."""
+    images = [image.topk for example in examples for image in example.record.visual]
+    cached = [len(topk.positions) for topk in images if topk is not None and len(topk.positions)]
+    chosen = [len(topk.positions) for _, topk in kept]
+    weights = np.divide(cached, chosen).astype(np.float32)
+    return torch.from_numpy(np.repeat(weights, chosen))
+
+
 def _thin(topk: TopK, wanted: Wanted, example: Example, image: int) -> TopK:
     keep = wanted.visual_positions
     if keep is None or keep >= len(topk.positions):
@@ -181,10 +193,35 @@ def to_targets(distributions: Sequence[TopK], vocab_size: int, wanted: Wanted) -
     for topk in distributions:
         here = slice(at, at := at + len(topk.positions))
         token_ids[here, : topk.token_ids.shape[1]] = topk.token_ids
-        logprobs[here, : topk.logprobs.shape[1]] = _at_temperature(topk, wanted)
-        log_tail[here] = topk.log_tail[:, wanted.column]
+        if topk.counts is None:
+            logprobs[here, : topk.logprobs.shape[1]] = _at_temperature(topk, wanted)
+            log_tail[here] = topk.log_tail[:, wanted.column]
+        else:
+            logprobs[here, : topk.logprobs.shape[1]] = drawn_masses(topk.logprobs, topk.counts)
+            log_tail[here] = -np.inf
     _drop_padding(token_ids, logprobs, log_tail, vocab_size)
     return SparseTargets(*(torch.from_numpy(array) for array in (token_ids, logprobs, log_tail)))
+
+
+def drawn_masses(logprobs: NDArray[np.float32], counts: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Log of an unbiased estimate of the teacher from ids drawn at random (Sparse Logit Sampling).
+
+    An id drawn c times out of n estimates p by c / n of the mass that no exactly kept id has: of 1 in
+    the mode `random`. What was not drawn has mass 0, and the expectation over draws is p itself.
+
+    Args:
+        logprobs: [N, K]; −inf slots are unused.
+        counts: [N, K] draws; 0 for exactly kept ids.
+
+    Returns:
+        [N, K] log masses; −inf where unused.
+    """
+    exact = np.where(counts == 0, np.exp(logprobs.astype(np.float64)), 0.0)
+    left = np.maximum(1.0 - exact.sum(axis=1, keepdims=True), 0.0)
+    drawn = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    with np.errstate(divide="ignore"):
+        masses: NDArray[np.float32] = np.log(exact + left * drawn).astype(np.float32)
+    return masses
 
 
 def _at_temperature(topk: TopK, wanted: Wanted) -> NDArray[np.float32]:
@@ -217,21 +254,24 @@ def _drop_padding(
     token_ids[padding] = 0
 
 
-def _relations(records: Sequence[Record], length: int) -> tuple[RelationTarget, ...]:
+def _relations(records: Sequence[Record], length: int, wanted: Wanted) -> tuple[RelationTarget, ...]:
     return tuple(
-        _relation(image, at * length)
+        _relation(image, factor, at * length)
         for at, record in enumerate(records)
         for image in record.visual
-        if image.factor is not None
+        if (factor := _factor(image, wanted)) is not None
     )
 
 
-def _relation(image: VisualRecord, offset: int) -> RelationTarget:
-    assert image.factor is not None
+def _factor(image: VisualRecord, wanted: Wanted) -> NDArray[np.float32] | None:
+    return image.hidden if image.factor is None and wanted.hidden_relation else image.factor
+
+
+def _relation(image: VisualRecord, factor: NDArray[np.float32], offset: int) -> RelationTarget:
     first = offset + image.start
     return RelationTarget(
         rows=torch.arange(first, first + image.num_positions),
-        factor=torch.from_numpy(np.array(image.factor, np.float32)),
+        factor=torch.from_numpy(np.array(factor, np.float32)),
         tiles=image.tiles,
         teacher_tiles=image.tiles,
     )

@@ -238,14 +238,19 @@ def choose_recipe(name: str | None, levels: Sequence[Level], *, tiny: bool) -> R
 
 def available_terms(manifest: Manifest) -> frozenset[Term]:
     """Return the terms that a cache holds targets for."""
-    positions, stored = manifest.capture.positions, manifest.relation.store
+    positions, relation = manifest.capture.positions, manifest.relation
     has: Mapping[Term, bool] = {
         "ce": True,
         "response_kl": positions != "visual",
         "visual_kl": positions != "response" and manifest.capture.visual_fraction > 0,
-        "relation": stored in ("factor", "both"),
+        "relation": relation.store in ("factor", "both") or _relates_hidden(manifest),
     }
     return frozenset(term for term in TERMS if has[term])
+
+
+def _relates_hidden(manifest: Manifest) -> bool:
+    """Raw states are a factor of their own relation; one of the logits would need the teacher's head."""
+    return manifest.relation.store == "hidden" and manifest.relation.of == "hidden"
 
 
 def _require_terms(level: Level, stages: Sequence[Stage]) -> None:
@@ -286,8 +291,8 @@ def wanted_targets(level: Level, stage: Stage, seed: int) -> Wanted:
         seed: The stage's seed.
 
     Raises:
-        ConfigError: The cache holds no normaliser for the temperature, or ids chosen otherwise than by
-            rank.
+        ConfigError: The cache holds no normaliser for the temperature, or ids drawn at random, from which
+            the divergence has no unbiased estimate.
     """
     capture, divergence = level.manifest.capture, stage.divergence
     if divergence.temperature not in capture.temperatures:
@@ -297,13 +302,24 @@ def wanted_targets(level: Level, stage: Stage, seed: int) -> Wanted:
             f"or dump again with --temperature {divergence.temperature:g}"
         )
     if capture.sampling != "topk":
-        raise ConfigError(
-            f"{level.path} keeps ids by {capture.sampling!r}; students train from caches of the top-k ids"
-        )
+        _require_unbiased(level, stage)
     return Wanted(
         terms=frozenset(stage.terms),
         visual_positions=stage.visual_positions_per_image,
         seed=seed,
         temperature=divergence.temperature,
         column=capture.temperatures.index(divergence.temperature),
+        hidden_relation=_relates_hidden(level.manifest),
     )
+
+
+def _require_unbiased(level: Level, stage: Stage) -> None:
+    """Only the forward KL at temperature 1 is linear in the teacher's masses, and so unbiased under draws."""
+    divergence = stage.divergence
+    fits = divergence.kind == "forward_kl" and divergence.tail != "renormalise"
+    if {"response_kl", "visual_kl"} & set(stage.terms) and not (fits and divergence.temperature == 1.0):
+        raise ConfigError(
+            f"stage {stage.name!r} wants {divergence.kind} (tail {divergence.tail}, temperature "
+            f"{divergence.temperature:g}), but {level.path} holds ids drawn at random, whose masses are "
+            f"unbiased under forward_kl at temperature 1 only; use that, or dump again with the top-k ids"
+        )

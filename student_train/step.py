@@ -136,12 +136,13 @@ class StageTrainer:
     def _count(self, batches: tuple[Batch, ...]) -> tuple[Counts, int, int]:
         """Denominators over the global batch, divided by the processes that gradients are averaged over."""
         local = [(*counts_of(batch), batch.num_tokens, batch.num_positions) for batch in batches]
-        sums = torch.tensor(local).sum(dim=0)
+        sums = torch.tensor(local, dtype=torch.float64).sum(dim=0)
         size = self._accelerator.num_processes
         if size > 1:
             sums = self._accelerator.reduce(sums.to(self._accelerator.device))
         rows, visual, images, num_tokens, num_positions = sums.tolist()
-        return Counts(rows / size, visual / size, images / size), num_tokens, num_positions
+        counts = Counts(rows / size, visual / size, images / size)
+        return counts, int(num_tokens), int(num_positions)
 
     def _guard(self, inputs: StepInput, terms: list[Mapping[Term, Tensor]], norm: float) -> None:
         if math.isfinite(norm):

@@ -107,6 +107,7 @@ class Stream:
         workers: int,
         prefetch: int,
         first_batch_only: bool = False,
+        pin: bool = False,
     ) -> None:
         """Put the pieces together.
 
@@ -120,6 +121,7 @@ class Stream:
             workers: Threads that read ahead.
             prefetch: Steps they read ahead.
             first_batch_only: Repeat the first step's batch, to see that a model can learn it.
+            pin: Leave batches in page-locked memory; needs CUDA.
         """
         self._records = records
         self._pixels = pixels
@@ -130,6 +132,7 @@ class Stream:
         self._workers = workers
         self._prefetch = prefetch
         self._first_only = first_batch_only
+        self._pin = pin
 
     def read_step(self, step: int) -> StepInput:
         """Build one step's micro-batches, in the calling thread."""
@@ -163,7 +166,8 @@ class Stream:
                 pool.shutdown(cancel_futures=True)
 
     def _collate(self, examples: Sequence[Example]) -> Batch:
-        return collate(examples, self._layout, self._wanted)
+        batch = collate(examples, self._layout, self._wanted)
+        return batch.pinned() if self._pin else batch
 
     def _idle(self, entry: NDArray[np.int64]) -> Batch:
         """A batch without targets, for a process that has no sample left while others still work."""

@@ -43,7 +43,7 @@ class Counts(NamedTuple):
     response_rows: float
     """Rows that predict a response token: denominator of `ce` and `response_kl`."""
     visual_rows: float
-    """Image rows with a cached distribution: denominator of `visual_kl`."""
+    """Image rows with a cached distribution, chosen or not: denominator of `visual_kl`."""
     images: float
     """Images with a relation factor: denominator of `relation`."""
 
@@ -62,7 +62,9 @@ class Outcome:
 
 def counts_of(batch: Batch) -> Counts:
     """Count one micro-batch."""
-    return Counts(batch.response_rows.shape[0], batch.visual_rows.shape[0], len(batch.relations))
+    weights = batch.visual_weights
+    visual = batch.visual_rows.shape[0] if weights is None else round(float(weights.double().sum()))
+    return Counts(batch.response_rows.shape[0], visual, len(batch.relations))
 
 
 class Objective:
@@ -184,7 +186,8 @@ class Objective:
         if responses is not None and self.weights["response_kl"]:
             raw["response_kl"] = losses.kl[:num].sum() / counts.response_rows
         if images is not None:
-            raw["visual_kl"] = losses.kl[num:].sum() / counts.visual_rows
+            weights = 1.0 if batch.visual_weights is None else batch.visual_weights
+            raw["visual_kl"] = (losses.kl[num:] * weights).sum() / counts.visual_rows
         return losses.total, raw
 
     def _responses(self, batch: Batch, head: Head, counts: Counts) -> tuple[Tensor, RowTargets] | None:
@@ -207,7 +210,9 @@ class Objective:
         if not rows.numel() or not self.weights["visual_kl"]:
             return None
         sparse = _require(batch.visual_targets, "visual_kl", batch)
-        each = torch.ones(rows.numel(), device=rows.device) / counts.visual_rows
+        weights = batch.visual_weights
+        each = torch.ones(rows.numel(), device=rows.device) if weights is None else weights
+        each = each / counts.visual_rows
         targets = targets_only(sparse, self._factor("visual_kl") * each)
         _check_real(targets, head.vocab_size, batch)
         return rows, targets

@@ -8,9 +8,12 @@ from common.cache.reader import CacheReader
 from common.chat import load_processor
 from common.data.source import open_source
 from common.errors import MismatchError
-from common.record import Record, TopK
+from common.record import Record, TopK, VisualRecord
 from schemas.sample import Span
-from student_train.collate import Example, InputLayout, Wanted, collate, to_targets
+from student_train.collate import Example, InputLayout, Wanted, collate, drawn_masses, to_targets
+from student_train.losses.objective import Objective, counts_of
+from student_train.losses.relation import relation_distances
+from student_train.losses.rows import Head
 from student_train.losses.terms import TERMS
 from student_train.model import load_student
 from student_train.pixels import PixelLoader
@@ -177,3 +180,83 @@ def test_batch_moves_whole(examples, layout):
     assert {value.device.type for value in moved.inputs.values()} == {"meta"}
     assert moved.response_targets.logprobs.device.type == moved.relations[0].factor.device.type == "meta"
     assert batch.to(torch.device("cpu")) is batch
+
+
+def ragged(name, visual):
+    """A record whose images have so many cached rows each, with random distributions."""
+    generator = np.random.default_rng(len(visual))
+    spans, images, at = [], [], 1
+    for number, size in enumerate(visual):
+        rows = np.log(generator.dirichlet(np.ones(3), size))
+        cached = TopK(
+            positions=np.arange(at, at + size, dtype=np.int32),
+            token_ids=np.tile(np.arange(10, 12, dtype=np.int32), (size, 1)),
+            logprobs=rows[:, :2].astype(np.float32),
+            log_tail=rows[:, 2:].astype(np.float32),
+            logsumexp=np.zeros((size, 1), np.float32),
+        )
+        hidden = generator.normal(size=(size, 5)).astype(np.float32)
+        images.append(VisualRecord(f"{number:032x}", "0" * 64, at, size, (), cached, hidden, None))
+        spans.append(Span(kind="image", start=at, stop=at + size))
+        at += size
+    ids = np.full(at + 3, 7, np.int32)
+    ids[1:at] = LAYOUT.image_token_id
+    spans = (Span(kind="prompt", start=0, stop=1), *spans, Span(kind="response", start=at, stop=at + 3))
+    bare = topk(np.empty(0), np.empty((0, 2)), np.empty((0, 2)), np.empty(0))
+    return Record(name, None, ids, spans, bare, tuple(images))
+
+
+def test_a_subset_of_ragged_images_estimates_the_mean_over_all_rows():
+    examples = [Example(ragged("a", [40, 4]), None, 0, 0), Example(ragged("b", [12]), None, 0, 1)]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 48, 6, generator=generator)
+    head = Head(torch.randn(20, 6, generator=generator), None, 20)
+    layout = replace(LAYOUT, vocab_size=20)
+
+    def value(wanted):
+        batch = collate(examples, layout, wanted)
+        return batch, float(Objective({"visual_kl": 1.0})(hidden, head, batch).raw["visual_kl"])
+
+    whole, mean = value(Wanted({"visual_kl"}))
+    assert whole.visual_weights is None
+    estimates = []
+    for seed in range(300):
+        batch, estimate = value(Wanted({"visual_kl"}, visual_positions=6, seed=seed))
+        assert counts_of(batch) == counts_of(whole)
+        estimates.append(estimate)
+    spread = np.std(estimates) / len(estimates) ** 0.5
+    assert abs(np.mean(estimates) - mean) < 4 * spread
+    assert spread < 0.02 * mean
+
+
+def test_drawn_ids_estimate_the_teacher_without_bias():
+    """The mean over many draws is the teacher; exactly kept ids stay as they are."""
+    generator = np.random.default_rng(0)
+    teacher = generator.dirichlet(np.ones(8))
+    for exact in (0, 3):
+        rest = teacher[exact:] / teacher[exact:].sum()
+        counts = generator.multinomial(5, rest, size=20_000)
+        counts = np.concatenate([np.zeros((20_000, exact), np.int64), counts], axis=1)
+        known = np.where((counts > 0) | (np.arange(8) < exact), np.log(teacher), -np.inf)
+        masses = np.exp(drawn_masses(known.astype(np.float32), counts.astype(np.int32)).astype(np.float64))
+        assert masses.sum(axis=1) == pytest.approx(np.ones(20_000), abs=1e-5)
+        assert masses.mean(axis=0) == pytest.approx(teacher, abs=0.005)
+        assert masses[:, :exact] == pytest.approx(np.tile(teacher[:exact], (20_000, 1)), abs=1e-6)
+
+
+def test_drawn_ids_have_no_tail():
+    drawn = replace(topk([0], [[5, 6]], [[0.5, 0.25]], [0.25]), counts=np.array([[3, 1]], np.int32))
+    targets = to_targets([drawn], 100, Wanted(TERMS))
+    assert targets.logprobs.exp().tolist() == [pytest.approx([0.75, 0.25])]
+    assert targets.log_tail.tolist() == [-np.inf]
+
+
+def test_raw_states_are_their_own_factor():
+    record = ragged("a", [9])
+    example = [Example(record, None)]
+    assert collate(example, LAYOUT, Wanted({"relation"})).relations == ()
+    (target,) = collate(example, LAYOUT, Wanted({"relation"}, hidden_relation=True)).relations
+    states = torch.from_numpy(record.visual[0].hidden)
+    hidden = torch.zeros(13, 5)
+    hidden[target.rows] = 3 * states
+    assert float(relation_distances(hidden, None, [target], "none")) == pytest.approx(0, abs=1e-6)
