@@ -12,6 +12,7 @@ from typing import Any
 
 from common.errors import MismatchError
 from common.fingerprint import fingerprints
+from common.vocab import Vocabulary, shared_rows
 from schemas.manifest import Manifest
 
 _CURES = {
@@ -37,7 +38,7 @@ def check_fit(manifest: Manifest, processor: Any, *, vocab_rows: int) -> Fit:
     Args:
         manifest: The cache's identity.
         processor: The student's transformers processor.
-        vocab_rows: Rows of the student's head, padding included.
+        vocab_rows: Rows of the student's head, padding included; its real tokens are the tokenizer's.
     """
     found = fingerprints(processor)
     problems = [
@@ -48,12 +49,12 @@ def check_fit(manifest: Manifest, processor: Any, *, vocab_rows: int) -> Fit:
         if ours != theirs
     ]
     notes = []
-    if vocab_rows < manifest.vocab_size:
-        problems.append(
-            f"the student's head has {vocab_rows} rows, the cache {manifest.vocab_size} real tokens; "
-            f"choose a student with a head at least that large"
-        )
-    elif vocab_rows != manifest.vocab_rows:
+    teacher = Vocabulary(manifest.vocab_rows, manifest.vocab_size)
+    try:
+        shared_rows(teacher, Vocabulary(vocab_rows, manifest.vocab_size))
+    except MismatchError as error:
+        problems.append(str(error))
+    if vocab_rows >= manifest.vocab_size and vocab_rows != manifest.vocab_rows:
         notes.append(
             f"heads are padded differently (teacher {manifest.vocab_rows} rows, student {vocab_rows}): "
             f"the {manifest.vocab_size} real rows are used on both sides"

@@ -99,7 +99,7 @@ def test_padding_rows_are_a_note_not_a_problem(manifest, processor):
 
 
 def test_a_head_smaller_than_the_vocabulary_is_refused(manifest, processor):
-    with pytest.raises(MismatchError, match="439 rows, the cache 440 real tokens"):
+    with pytest.raises(MismatchError, match="439 rows for 440 real tokens"):
         require_fit("zarr/l1", manifest, "tiny-student", processor, vocab_rows=439)
 
 
