@@ -139,7 +139,7 @@ class ObjectStore:
     def __init__(self, url: str, *, copy: LocalCopy | None = None, **options: Any) -> None:
         self.name = url
         self._store = obstore.store.from_url(url, **options)
-        self._copy = copy if copy is not None else default_copy()
+        self._copy = copy
 
     def read(self, key: str) -> bytes:
         """A whole, small object; never from the copy, because manifests and seals decide what exists."""

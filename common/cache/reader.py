@@ -18,9 +18,10 @@ from common.cache import layout
 from common.cache.block import Block
 from common.cache.index import Index, Names, decode_names, join, read_index
 from common.cache.part import PartReader
+from common.cache.places import open_store
 from common.cache.seals import read_manifest, read_seal, sealed_parts
 from common.cache.shard import AGAIN
-from common.cache.store import Store, open_store
+from common.cache.store import Store
 from common.errors import MismatchError, PartCorrupt
 from common.record import Record
 from schemas.manifest import Manifest, PartSeal

@@ -3,7 +3,8 @@
 from pydantic import ValidationError
 
 from common.cache import layout
-from common.cache.store import Place, Store, as_store
+from common.cache.places import Place, as_store
+from common.cache.store import Store
 from common.errors import CacheError, PartMissing
 from schemas.manifest import Manifest, PartSeal
 

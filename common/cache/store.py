@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Protocol
 
-from common.errors import ConfigError
-
 
 class Blob(Protocol):
     """One open file or object."""
@@ -68,36 +66,6 @@ class Store(Protocol):
 
     def working(self) -> Path:
         """A local directory to prepare parts in."""
-
-
-Place = Store | Path | str
-"""Where a cache is: its store, directory or URL."""
-
-
-def as_store(place: Place) -> Store:
-    """The store of a place."""
-    if isinstance(place, str):
-        return open_store(place)
-    return LocalStore(place) if isinstance(place, Path) else place
-
-
-def open_store(path: str) -> Store:
-    """The store of a local path or of a URL such as `s3://bucket/l1`, `gs://`, `az://`, `https://`.
-
-    Raises:
-        ConfigError: A URL is given and `obstore` is not installed.
-    """
-    if "://" not in path:
-        return LocalStore(Path(path))
-    if path.startswith("file://"):
-        return LocalStore(Path(path.removeprefix("file://")))
-    try:
-        from common.cache.objects import ObjectStore
-    except ImportError as error:
-        raise ConfigError(
-            f"{path} is in an object store: install it with `pip install 'cascache[store]'`"
-        ) from error
-    return ObjectStore(path)
 
 
 class LocalBlob:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from common.cache import layout
 from common.cache.index import write_index
+from common.cache.places import open_store
 from common.cache.reader import scan_parts
 from common.cache.seals import read_manifest, read_seal, sealed_parts
-from common.cache.store import Store, open_store, sync_directory, write_synced
+from common.cache.store import Store, sync_directory, write_synced
 from common.cache.writer import CacheWriter
 from common.errors import MismatchError, PartCorrupt
 from schemas.manifest import PartSeal

@@ -14,9 +14,10 @@ from common.cache import layout
 from common.cache.block import Block
 from common.cache.index import INDEX_ARRAYS, decode_names, drop_index, read_index
 from common.cache.part import PartReader
+from common.cache.places import open_store
 from common.cache.seals import read_manifest, read_seal, sealed_parts
 from common.cache.shard import SHARD_NAME
-from common.cache.store import Store, open_store
+from common.cache.store import Store
 from common.errors import CacheError
 from schemas.manifest import FileSeal, Manifest, PartSeal
 

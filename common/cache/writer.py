@@ -21,9 +21,10 @@ from common.cache import layout
 from common.cache.index import write_index
 from common.cache.pack import pack_part, unique_images
 from common.cache.part import write_part_files
+from common.cache.places import open_store
 from common.cache.reader import scan_parts
 from common.cache.seals import read_manifest, read_seal, sealed_parts
-from common.cache.store import Store, open_store
+from common.cache.store import Store
 from common.errors import CacheError, DataError, MismatchError, PartMissing
 from common.record import Record
 from schemas.manifest import FileSeal, Manifest, PartSeal, Quarantined
