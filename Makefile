@@ -30,5 +30,8 @@ lint: setup  ## ruff
 types: setup  ## mypy, strict
 	@$(PY) -m mypy
 
+bench-teacher: setup  ## what the capture costs beside a plain prefill (build/bench/teacher.json)
+	@$(PY) -m scripts.bench_teacher
+
 clean:  ## remove what the demo and the benchmarks made
 	rm -rf zarr runs build
