@@ -65,6 +65,8 @@ _TOKEN_COUNT_SETTINGS = (
     "vision_feature_select_strategy",
 )
 
+_NAMES_IN_CONFIG = frozenset({"_name_or_path", "transformers_version"})
+
 _CHUNK_BYTES = 1 << 20
 
 
@@ -127,6 +129,19 @@ def weights_sha256(directory: Path) -> str:
         for chunk in _chunks(file):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def config_sha256(directory: Path) -> str:
+    """Hash a model directory's `config.json`, without the names and versions of who saved it.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    file = directory / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"{directory} has no config.json; is it a model directory?")
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    return _hash_json({name: value for name, value in settings.items() if name not in _NAMES_IN_CONFIG})
 
 
 def _chunks(file: Path) -> Iterator[bytes]:

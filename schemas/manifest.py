@@ -26,17 +26,21 @@ class TeacherIdentity(Frozen):
     """Which weights answered."""
 
     model: str
-    """Preset-resolved model id or directory name, for people."""
+    """The name it was asked for by: for people, not part of the identity."""
     revision: str | None = None
     """Commit of a hub model; None for a local directory."""
     weights_sha256: str
-    """Hash over the weight files (or, for hub models, over their recorded hashes)."""
+    """Hash over the weight files."""
+    config_sha256: str = ""
+    """Hash over `config.json`: rope scaling and the like change answers without changing weights."""
     model_type: str
     """`config.model_type`, such as `llava` or `qwen2_5_vl`."""
     dtype: str
     """Dtype the engine computed in: `float32`, `bfloat16`, `float16`."""
     quantization: str | None = None
     """Engine quantisation, if any."""
+    engine: dict[str, str] = {}
+    """Further engine arguments that may change what is computed, values as JSON."""
 
 
 class Fingerprints(Frozen):

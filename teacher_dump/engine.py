@@ -15,6 +15,7 @@ a sample whose images are not the ones that its prompt was made from.
 """
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -46,7 +47,44 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _EXTENSION = "teacher_dump.capture.CaptureExtension"
-_OWNED_ARGUMENTS = frozenset({"model", "worker_extension_cls", "mm_processor_kwargs"})
+_OWNED_ARGUMENTS = {
+    "model": "--model",
+    "revision": "--model",
+    "tokenizer": "--model",
+    "dtype": "--dtype",
+    "quantization": "--quantization",
+    "max_model_len": "--max-len",
+    "max_num_seqs": "--max-num-seqs",
+    "tensor_parallel_size": "--tensor-parallel",
+    "pipeline_parallel_size": "--pipeline-parallel",
+    "seed": "--seed",
+    "enable_prefix_caching": "--prefix-cache",
+    "worker_extension_cls": None,
+    "mm_processor_kwargs": None,
+}
+"""vLLM arguments that the dump sets itself, and the flag that says the same."""
+
+_HARMLESS_ARGUMENTS = frozenset(
+    {
+        "block_size",
+        "compilation_config",
+        "cpu_offload_gb",
+        "disable_custom_all_reduce",
+        "distributed_executor_backend",
+        "download_dir",
+        "enable_chunked_prefill",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "limit_mm_per_prompt",
+        "load_format",
+        "max_num_batched_tokens",
+        "max_parallel_loading_workers",
+        "mm_processor_cache_gb",
+        "swap_space",
+    }
+)
+"""vLLM arguments that change speed and memory, not what is computed (rounding aside)."""
 
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 _CPU_ENVIRONMENT = {
@@ -169,6 +207,12 @@ class Engine:
                 self.close()
                 raise EngineError(answer["problem"])
         self.runner, self.dtype = answers[0]["runner"], answers[0]["dtype"]
+        if self.dtype != self.settings.dtype:
+            self.close()
+            raise EngineError(
+                f"vLLM computes in {self.dtype}, the level is to be in {self.settings.dtype}; "
+                f"ask for --dtype {self.dtype}, or find what overrides it"
+            )
         log.info("vLLM %s runs %s on its %s runner", vllm.__version__, self.settings.model, self.runner)
         return self
 
@@ -327,9 +371,20 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: With the first of them.
     """
-    owned = sorted(_OWNED_ARGUMENTS & arguments.keys())
+    owned = sorted(_OWNED_ARGUMENTS.keys() & arguments.keys())
     if owned:
-        raise ConfigError(f"--engine-arg {owned[0]} is set by the dump itself; leave it out")
+        flag = _OWNED_ARGUMENTS[owned[0]]
+        cure = f"use {flag}" if flag else "leave it out"
+        raise ConfigError(f"--engine-arg {owned[0]} is set by the dump itself; {cure}")
+
+
+def telling_arguments(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """Those vLLM arguments that may change what is computed, values as JSON: part of a level's identity."""
+    return {
+        name: json.dumps(value, sort_keys=True, default=str)
+        for name, value in sorted(arguments.items())
+        if name not in _HARMLESS_ARGUMENTS
+    }
 
 
 def _to_vllm(prompt: Prompt, pixels: tuple["Image", ...]) -> dict[str, Any]:

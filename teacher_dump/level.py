@@ -13,7 +13,7 @@ from common.errors import ConfigError, DataError
 from common.fingerprint import fingerprints
 from schemas.manifest import Capture, DataSource, Encoding, Manifest, Relation, SampleSet
 from teacher_dump.config import DumpConfig
-from teacher_dump.engine import EngineSettings, check_arguments
+from teacher_dump.engine import EngineSettings, check_arguments, telling_arguments
 from teacher_dump.plan import Plan, make_plan
 from teacher_dump.request import CaptureSettings
 from teacher_dump.teacher import Teacher
@@ -74,7 +74,7 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
     """The identity of the level that these settings give."""
     visual = "visual" in config.positions
     return Manifest(
-        teacher=teacher.identity(config.quantization),
+        teacher=teacher.identity(config.quantization, telling_arguments(config.engine_arguments)),
         fingerprints=fingerprints(teacher.processor),
         vocab_rows=teacher.vocab_rows,
         vocab_size=teacher.vocab_size,

@@ -4,13 +4,14 @@ Hub models are located (and, when needed, downloaded) here, so that the engine a
 the same snapshot and the cache can name its commit.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.chat import load_processor
 from common.errors import ConfigError
-from common.fingerprint import weights_sha256
+from common.fingerprint import config_sha256, weights_sha256
 from common.models import ModelRef
 from schemas.manifest import TeacherIdentity
 
@@ -47,8 +48,8 @@ class Teacher:
         """Real tokens."""
         return min(len(self.processor.tokenizer), self.vocab_rows)
 
-    def identity(self, quantization: str | None) -> TeacherIdentity:
-        """Which weights answer; hashes every weight file."""
+    def identity(self, quantization: str | None, engine: Mapping[str, str]) -> TeacherIdentity:
+        """Which weights answer, and how they are run; hashes every weight file."""
         return TeacherIdentity(
             model=self.ref.name,
             revision=self.revision,
@@ -56,6 +57,8 @@ class Teacher:
             model_type=self.model_type,
             dtype=self.dtype,
             quantization=quantization,
+            config_sha256=config_sha256(self.path),
+            engine=dict(engine),
         )
 
     def rate(self) -> float | None:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import re
 import secrets
-from typing import Final
+from typing import Any, Final
 
 from schemas.manifest import LOCATION_FIELDS, Manifest
 
@@ -91,7 +91,7 @@ def _digest(value: object) -> str:
 
 def identity_fields(manifest: Manifest) -> dict[str, object]:
     """The manifest's fields that must be equal to share a cache, as JSON values."""
-    left_out = {**dict.fromkeys(LOCATION_FIELDS, True), "teacher": {"model": True}}
+    left_out: dict[str, Any] = {**dict.fromkeys(LOCATION_FIELDS, True), "teacher": {"model": True}}
     fields: dict[str, object] = manifest.model_dump(mode="json", exclude=left_out)
     return fields
 

@@ -1,5 +1,6 @@
 """Equal fingerprints mean compatible: names do not matter, behaviour does."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from common.chat import load_processor
 from common.compat import check_fit, require_fit
 from common.errors import ConfigError, MismatchError
-from common.fingerprint import fingerprints, weights_sha256
+from common.fingerprint import config_sha256, fingerprints, weights_sha256
 from common.models import resolve_model
 from schemas.manifest import Capture, Manifest, SampleSet, TeacherIdentity
 
@@ -80,6 +81,17 @@ def test_one_flipped_bit_changes_the_weights_hash(tmp_path):
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
     assert weights_sha256(copy) != weights_sha256(TEACHER)
+
+
+def test_settings_change_the_config_hash_and_names_do_not(tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(TEACHER, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "0"}))
+    assert config_sha256(copy) == config_sha256(TEACHER)
+    config["text_config"]["rms_norm_eps"] = 0.5
+    (copy / "config.json").write_text(json.dumps(config))
+    assert config_sha256(copy) != config_sha256(TEACHER)
 
 
 def test_a_directory_without_weights_is_refused(tmp_path):

@@ -1,6 +1,11 @@
 """A dump without `--out` finds its own level: the first free one, or the one it was stopped in."""
 
+import pytest
+
+from common.cache.layout import identity_sha256
 from common.cache.writer import CacheWriter
+from common.errors import ConfigError
+from teacher_dump.engine import check_arguments, telling_arguments
 from teacher_dump.level import choose_out
 from tests.common.cache.records import make_manifest
 
@@ -20,3 +25,21 @@ def test_levels_are_taken_in_order_and_found_again(tmp_path, monkeypatch):
 def test_a_named_place_is_taken_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert choose_out("elsewhere/x", make_manifest(num_samples=1)) == "elsewhere/x"
+
+
+def test_arguments_that_change_answers_are_part_of_the_identity():
+    manifest = make_manifest(num_samples=1)
+    tell = telling_arguments({"hf_overrides": {"rope_theta": 5}, "gpu_memory_utilization": 0.5})
+    assert tell == {"hf_overrides": '{"rope_theta": 5}'}
+    changed = manifest.model_copy(update={"teacher": manifest.teacher.model_copy(update={"engine": tell})})
+    renamed = manifest.model_copy(update={"teacher": manifest.teacher.model_copy(update={"model": "./t"})})
+    assert identity_sha256(changed) != identity_sha256(manifest)
+    assert identity_sha256(renamed) == identity_sha256(manifest)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"), [("dtype", "--dtype"), ("quantization", "--quantization"), ("model", "--model")]
+)
+def test_arguments_that_the_dump_sets_are_refused_with_their_flag(name, cure):
+    with pytest.raises(ConfigError, match=f"{name} is set by the dump itself; use {cure}"):
+        check_arguments({name: "x"})
