@@ -55,11 +55,13 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Summary:
     """
     with Run(plan or make_plan(config)) as run:
         for number, planned in run.stages_left():
+            if run.stopped():
+                return run.summarise()
             trainer = run.begin(number, planned)
             for inputs, wait_seconds in run.read(planned):
                 pulls = run.pulls(trainer, inputs)
                 run.record(trainer, trainer.step(inputs), inputs.step, pulls | {"wait_seconds": wait_seconds})
-                if run.stopped:
+                if run.stopped():
                     return run.summarise()
         run.save_model()
         run.answer_held_out()
@@ -139,7 +141,6 @@ class Run:
         self._bar.close()
         self.accelerator.end_training()
 
-    @property
     def stopped(self) -> bool:
         """Whether `--max-steps` ends the run before its time."""
         limit = self.plan.config.max_steps
@@ -202,6 +203,7 @@ class Run:
             workers=config.workers,
             prefetch=config.prefetch,
             first_batch_only=config.overfit_one_batch,
+            pin=self.accelerator.device.type == "cuda",
         )
 
     def pulls(self, trainer: StageTrainer, inputs: StepInput) -> dict[str, float]:
@@ -242,12 +244,12 @@ class Run:
             "total_step": total,
         }
         self.metrics.add({**report.values(), **extra, **speed}, where=where)
-        if ends_stage or self.stopped:
+        if ends_stage or self.stopped():
             self.metrics.flush(where)
         self._bar.update()
         self._bar.set_postfix(loss=f"{report.loss:.3f}", refresh=False)
         self._profiler.step()
-        if ends_stage or self.stopped or total % config.save_steps == 0:
+        if ends_stage or self.stopped() or total % config.save_steps == 0:
             self._save_checkpoint(trainer, ends_stage=ends_stage)
 
     def _save_checkpoint(self, trainer: StageTrainer, *, ends_stage: bool) -> None:

@@ -80,6 +80,7 @@ def test_the_first_stage_leaves_the_language_model_alone(config):
     stopped = train(config.model_copy(update={"max_steps": 3}))
     assert not stopped["finished"]
     assert stopped["model"] is None
+    assert train(config.model_copy(update={"max_steps": 3}))["steps"] == 3  # the same command adds none
     (checkpoint,) = sorted((Path(config.out) / "checkpoints").iterdir())[-1:]
     saved = load_file(checkpoint / "weights.safetensors")
     start = load_student(STUDENT)
