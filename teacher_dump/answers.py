@@ -77,7 +77,7 @@ class Answerer:
                     state.prompt = self._lay_out(state, asks=True)
                     if len(state.prompt.token_ids) < self._capture.max_len:
                         continue
-                done[index] = replace(state.item, prompt=self._lay_out(state, asks=False), asked=None)
+                done[index] = _answered(state.item, self._lay_out(state, asks=False))
                 del left[index]
         return [done[index] for index in range(len(wave))]
 
@@ -97,3 +97,11 @@ class Answerer:
             seed=int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little"),
             banned=self._banned,
         )
+
+
+def _answered(item: Prepared, prompt: Prompt) -> Prepared:
+    """The sample with its answers; images that a cut conversation never came to are left out."""
+    shown = len(prompt.images)
+    return replace(
+        item, prompt=prompt, pixels=item.pixels[:shown], identities=item.identities[:shown], asked=None
+    )

@@ -99,11 +99,15 @@ def asked(
 
 
 def repeated(source: SampleSource, draws: int) -> Iterator[dict[str, Any]]:
-    """Entries of messages: every usable sample `draws` times, as `id`, `id~2`, `id~3`."""
-    for index in range(len(source)):
+    """Entries of messages: every sample `draws` times, as `id`, `id~2`, `id~3`.
+
+    A sample that cannot be used stays one entry that cannot be used, for the quarantine to name.
+    """
+    for index, sample_id in enumerate(source.sample_ids()):
         try:
             sample = source[index]
-        except DataError:  # as unusable then as now: the source itself tells why
+        except DataError as error:
+            yield {"id": sample_id, "unusable": str(error), "reason": error.reason}
             continue
         yield from _drawn(_entry(sample), draws)
 

@@ -63,11 +63,13 @@ def to_sample(entry: object, *, sample_id: str, where: str) -> Sample:
         where: File and place, for messages.
 
     Raises:
-        DataError: `entry`: no such mapping; `turns`: unknown speakers or no turn; `image-marks`:
+        DataError: What `unusable` says, where an earlier step has found the entry so. `entry`: no such mapping; `turns`: unknown speakers or no turn; `image-marks`:
             marks and images do not match; `empty-response`; `image-remote`; `image-reference`.
     """
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}: found {_kind_of(entry)}, wanted an object", reason="entry")
+    if "unusable" in entry:
+        raise DataError(str(entry["unusable"]), reason=str(entry.get("reason", "entry")))
     own = tuple(_own_images(entry))
     if own and entry.get("conversations") is None and entry.get("messages") is None:
         return Sample(sample_id=sample_id, images=own, turns=())

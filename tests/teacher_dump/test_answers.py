@@ -14,7 +14,7 @@ from common.cache.verify import verify
 from common.chat import image_token_id, load_processor, to_question
 from common.data.entries import to_sample
 from common.data.source import open_source
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.images import decode_image, image_bytes
 from common.models import resolve_model
 from common.record import Record
@@ -162,6 +162,21 @@ def test_repeated_samples_read_back_as_they_were(tmp_path: Path):
     for index, entry in enumerate(entries[::2]):
         again = to_sample(entry, sample_id=entry["id"], where="here")
         assert again == source[index]
+
+
+def test_repeating_keeps_unusable_samples_for_the_quarantine(tmp_path: Path):
+    file = tmp_path / "some.json"
+    good = {"id": "good", "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}
+    marked = {"from": "human", "value": "<image>\nhi"}
+    file.write_text(json.dumps([good, {"id": "bad", "conversations": [marked, good["conversations"][1]]}]))
+    source = open_source(str(file))
+    entries = list(repeated(source, 3))
+    assert [entry["id"] for entry in entries] == ["good", "good~2", "good~3", "bad"]
+    with pytest.raises(DataError) as alone:
+        source[1]
+    with pytest.raises(DataError) as again:
+        to_sample(entries[-1], sample_id="bad", where="here")
+    assert (str(again.value), again.value.reason) == (str(alone.value), alone.value.reason)
 
 
 def test_asked_data_is_written_once_and_bound_to_its_content(tmp_path: Path):
