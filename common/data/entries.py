@@ -63,8 +63,9 @@ def to_sample(entry: object, *, sample_id: str, where: str) -> Sample:
         where: File and place, for messages.
 
     Raises:
-        DataError: What `unusable` says, where an earlier step has found the entry so. `entry`: no such mapping; `turns`: unknown speakers or no turn; `image-marks`:
-            marks and images do not match; `empty-response`; `image-remote`; `image-reference`.
+        DataError: `entry`: no such mapping; `turns`: unknown speakers or no turn; `image-marks`:
+            marks and images do not match; `empty-response`; `image-remote`; `image-reference`; or what
+            the entry's `unusable` says, where an earlier step has found it so.
     """
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}: found {_kind_of(entry)}, wanted an object", reason="entry")
