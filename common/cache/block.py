@@ -58,6 +58,15 @@ class Block:
         """Samples in the block."""
         return len(self.samples["num_tokens"])
 
+    def counts(self) -> dict[str, int]:
+        """What the block holds, under the names of `PartSeal`: records, images, rows of both tables."""
+        return {
+            "num_records": len(self),
+            "num_images": len(self.images["num_rows"]),
+            "num_response_rows": int(self.samples["num_rows"].sum(dtype=np.int64)),
+            "num_visual_rows": int(np.maximum(self.images["num_rows"], 0).sum(dtype=np.int64)),
+        }
+
     def _check(self) -> dict[str, NDArray[np.int64]]:
         """Offsets of every ragged column, after proving that they end where the data ends."""
         samples, images, columns = self.samples, self.images, self._columns

@@ -19,7 +19,8 @@ from typing import Any, Final
 import obstore
 from obstore.exceptions import AlreadyExistsError, NotFoundError
 
-from common.cache.store import Blob, scratch_directory
+from common.cache.store import MAX_WHOLE_BYTES, Blob, scratch_directory
+from common.errors import CacheError
 
 log = logging.getLogger(__name__)
 
@@ -141,12 +142,22 @@ class ObjectStore:
         self._store = obstore.store.from_url(url, **options)
         self._copy = copy
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, max_bytes: int = MAX_WHOLE_BYTES) -> bytes:
         """A whole, small object; never from the copy, because manifests and seals decide what exists."""
         try:
-            return bytes(obstore.get(self._store, key).bytes())
+            found = obstore.get(self._store, key)
+            if found.meta["size"] > max_bytes:
+                raise CacheError(
+                    f"{self.name}/{key} has {found.meta['size']} bytes, more than {max_bytes}; refused: "
+                    f"run `cascache verify`"
+                )
+            return bytes(found.bytes())
         except (NotFoundError, FileNotFoundError) as error:
             raise FileNotFoundError(f"{self.name}/{key}") from error
+
+    def links(self) -> list[str]:
+        """None: an object store has no links."""
+        return []
 
     def read_range(self, key: str, offset: int, length: int) -> bytes:
         """A range of an object that never changes: sealed files do not."""

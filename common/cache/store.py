@@ -4,14 +4,24 @@
     create (only if absent) · add · remove       what writers need
 
 Keys are relative, `/`-separated. Both stores promise that `create` lets one of several callers win, and
-that a file is either whole or absent.
+that a file is either whole or absent. A cache holds no symbolic links: what one points to is never read,
+written or removed.
 """
 
 import os
 import shutil
+import stat
 import tempfile
+from contextlib import closing
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
+
+from common.errors import CacheError
+
+MAX_WHOLE_BYTES: Final = 64 << 20
+"""No manifest, seal or metadata document is larger: what an untrusted cache can make a reader hold."""
+
+_PIECE_BYTES: Final = 1 << 30
 
 
 class Blob(Protocol):
@@ -35,11 +45,12 @@ class Store(Protocol):
     is_local: bool
     """Whether it is a directory, which may be empty."""
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, max_bytes: int = MAX_WHOLE_BYTES) -> bytes:
         """A whole, small file.
 
         Raises:
             FileNotFoundError: There is none.
+            CacheError: It is larger than `max_bytes`, or not a file.
         """
 
     def open(self, key: str) -> Blob:
@@ -47,7 +58,11 @@ class Store(Protocol):
 
         Raises:
             FileNotFoundError: There is none.
+            CacheError: It is not a file.
         """
+
+    def links(self) -> list[str]:
+        """Symbolic links anywhere in the cache, which holds none."""
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below a directory, sorted; empty when there is none."""
@@ -74,8 +89,11 @@ class LocalBlob:
     _fd = -1
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._fd).st_size
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise CacheError(f"{path} is not a regular file; a cache holds nothing else: remove it")
+        self.size = status.st_size
 
     def read(self, offset: int, length: int) -> bytes:
         """A range; shorter only at the end."""
@@ -100,25 +118,60 @@ class LocalStore:
         self.root = root
         self.name = str(root)
 
-    def read(self, key: str) -> bytes:
+    def _path(self, key: str) -> Path:
+        """Path of a key whose parents are real directories.
+
+        Raises:
+            CacheError: A directory above it is a symbolic link.
+        """
+        path = self.root / key
+        for parent in [*path.parents][: key.count("/")]:
+            if parent.is_symlink():
+                raise CacheError(_link_text(parent))
+        return path
+
+    def _real_path(self, key: str) -> Path:
+        """As `_path`, and the path itself is no symbolic link either."""
+        path = self._path(key)
+        if key and path.is_symlink():
+            raise CacheError(_link_text(path))
+        return path
+
+    def read(self, key: str, *, max_bytes: int = MAX_WHOLE_BYTES) -> bytes:
         """A whole, small file."""
-        try:
-            return (self.root / key).read_bytes()
-        except NotADirectoryError as error:
-            raise FileNotFoundError(str(self.root / key)) from error
+        with closing(self.open(key)) as blob:
+            if blob.size > max_bytes:
+                raise CacheError(
+                    f"{self.root / key} has {blob.size} bytes, more than {max_bytes}; refused: "
+                    f"run `cascache verify`"
+                )
+            pieces = range(0, blob.size, _PIECE_BYTES)
+            return b"".join([blob.read(at, min(_PIECE_BYTES, blob.size - at)) for at in pieces])
 
     def open(self, key: str) -> Blob:
         """A file to read ranges of."""
-        return LocalBlob(self.root / key)
+        try:
+            return LocalBlob(self._real_path(key))
+        except NotADirectoryError as error:
+            raise FileNotFoundError(str(self.root / key)) from error
+
+    def links(self) -> list[str]:
+        """Symbolic links anywhere below the root."""
+        return sorted(
+            (Path(directory) / name).relative_to(self.root).as_posix()
+            for directory, directories, files in os.walk(self.root)
+            for name in (*directories, *files)
+            if (Path(directory) / name).is_symlink()
+        )
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below a directory, sorted."""
-        directory = self.root / prefix
+        directory = self._real_path(prefix)
         return sorted(entry.name for entry in os.scandir(directory)) if directory.is_dir() else []
 
     def walk(self, prefix: str = "") -> dict[str, int]:
         """Size of every file below a directory, by relative key."""
-        base, sizes = self.root / prefix, {}
+        base, sizes = self._real_path(prefix), {}
         for directory, _, names in os.walk(base):
             for name in names:
                 path = Path(directory) / name
@@ -127,7 +180,7 @@ class LocalStore:
 
     def create(self, key: str, data: bytes) -> bool:
         """Write a file whole and synced, unless it exists: a hard link is the decision."""
-        path = self.root / key
+        path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.working() / f"new-{os.urandom(8).hex()}"
         write_synced(temporary, data)
@@ -143,14 +196,14 @@ class LocalStore:
 
     def add(self, source: Path, key: str) -> None:
         """Rename a finished, synced directory of this file system."""
-        target = self.root / key
+        target = self._path(key)
         target.parent.mkdir(parents=True, exist_ok=True)
         source.rename(target)
         sync_directory(target.parent)
 
     def remove(self, key: str) -> None:
-        """Remove a file or directory, if it is there."""
-        path = self.root / key
+        """Remove a file or directory, if it is there; of a symbolic link, the link."""
+        path = self._path(key)
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -158,9 +211,13 @@ class LocalStore:
 
     def working(self) -> Path:
         """`.writing/` inside the cache: the same file system, so that rename works."""
-        directory = self.root / ".writing"
+        directory = self._real_path(".writing")
         directory.mkdir(parents=True, exist_ok=True)
         return directory
+
+
+def _link_text(path: Path) -> str:
+    return f"{path} is a symbolic link; a cache holds none: put what it points to in its place, or remove it"
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -16,7 +16,7 @@ from common.cache.index import write_index
 from common.cache.places import open_store
 from common.cache.reader import scan_parts
 from common.cache.seals import read_manifest, read_seal, sealed_parts
-from common.cache.store import Store, sync_directory, write_synced
+from common.cache.store import MAX_WHOLE_BYTES, Store, sync_directory, write_synced
 from common.cache.writer import CacheWriter
 from common.errors import MismatchError, PartCorrupt
 from schemas.manifest import PartSeal
@@ -80,7 +80,7 @@ def copy_part(source: Store, target: Store, seal: PartSeal) -> None:
     try:
         for name, wanted in seal.files.items():
             try:
-                data = source.read(f"{base}/{name}")
+                data = source.read(f"{base}/{name}", max_bytes=max(wanted.size_bytes, MAX_WHOLE_BYTES))
             except FileNotFoundError as error:
                 raise PartCorrupt(f"{source.name}/{base}/{name} is missing; run `cascache verify`") from error
             if len(data) != wanted.size_bytes or hashlib.sha256(data).hexdigest() != wanted.sha256:

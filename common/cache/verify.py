@@ -6,7 +6,8 @@ Report  problems, and the repair plan: parts to dump again, files to remove
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -22,6 +23,7 @@ from common.errors import CacheError
 from schemas.manifest import FileSeal, Manifest, PartSeal
 
 _READ_BYTES: Final = 8 << 20
+_LINK_TEXT: Final = "is a symbolic link; a cache holds none, and what it points to is not touched"
 
 Kind = Literal[
     "manifest",
@@ -35,6 +37,7 @@ Kind = Literal[
     "index",
     "unsealed",
     "overlap",
+    "link",
 ]
 
 
@@ -85,19 +88,23 @@ class Report:
 
 
 def verify(path: str, *, deep: bool = True) -> Report:
-    """Check a whole cache. Reads only.
+    """Check a whole cache: what lies in the store itself, never a local copy of it. Reads only.
 
     Args:
         path: Directory or URL of the cache.
         deep: Hash every byte and decode every block too.
     """
-    store, report = open_store(path), Report(path=path, deep=deep)
+    store, report = open_store(path, copied=False), Report(path=path, deep=deep)
     try:
         manifest = read_manifest(store)
     except CacheError as error:
         report.problems.append(Problem("manifest", None, layout.METADATA, str(error)))
         return report
     report.num_parts = manifest.num_parts
+    links = store.links()
+    if blocking := [link for link in links if _blocks(link)]:
+        report.problems += [Problem("link", None, link, _LINK_TEXT) for link in blocking]
+        return report
     sealed = sealed_parts(store)
     report.num_sealed = len(sealed)
     report.missing_parts = sorted(set(range(manifest.num_parts)) - sealed)
@@ -113,10 +120,23 @@ def verify(path: str, *, deep: bool = True) -> Report:
         report.num_records += seal.num_records
         report.num_bytes += sum(f.size_bytes for f in seal.files.values())
         report.problems += _check_part(store, manifest, seal, deep=deep, owners=owners)
+    report.problems += _check_links(links, seals)
     report.problems += _check_ranges(seals, manifest)
     report.problems += _check_leftovers(store, {seal.directory for seal in seals.values()})
     report.problems += _check_index(store, manifest, seals)
     return report
+
+
+def _blocks(link: str) -> bool:
+    """Whether a link stands where nothing behind it may be read or removed."""
+    return link in layout.KNOWN_NAMES or link.startswith(f"{layout.SEALS}/")
+
+
+def _check_links(links: Sequence[str], seals: Mapping[int, PartSeal]) -> Iterator[Problem]:
+    owners = {f"{layout.PARTS}/{seal.directory}": part for part, seal in seals.items()}
+    for link in links:
+        part = owners.get("/".join(link.split("/")[:2]))
+        yield Problem("link", part, link, _LINK_TEXT)
 
 
 def _check_skeleton(store: Store) -> Iterator[Problem]:
@@ -136,7 +156,11 @@ def _check_part(
     part, base = seal.part, f"{layout.PARTS}/{seal.directory}"
     if seal.identity_sha256 != layout.identity_sha256(manifest):
         yield Problem("identity", part, base, "was sealed for another cache")
-    sizes = store.walk(base)
+    try:
+        sizes = store.walk(base)
+    except CacheError as error:
+        yield Problem("missing", part, base, str(error))
+        return
     for name in sorted(sizes.keys() - seal.files.keys()):
         yield Problem("extra", part, f"{base}/{name}", "is not in the seal")
     clean = True
@@ -172,28 +196,29 @@ def _check_content(
     store: Store, base: str, manifest: Manifest, seal: PartSeal, *, owners: dict[str, int]
 ) -> Iterator[Problem]:
     """Decode every block: what its checksums protect must also make sense."""
-    num_records = 0
+    counts = Counter[str]()
     try:
         reader = PartReader(store, base)
         try:
             for number in range(reader.num_blocks):
                 columns = reader.read_columns(number)
                 block = Block(columns, reader.info.codings, manifest, f"block {number} of {base}")
-                num_records += len(block)
+                counts.update(block.counts())
                 for index, sample_id in enumerate(block.sample_ids):
-                    first = owners.setdefault(sample_id, seal.part)
-                    if first != seal.part:
-                        yield Problem("overlap", seal.part, base, f"{sample_id!r} is in part {first} too")
+                    if sample_id in owners:
+                        where = f"{sample_id!r} is in part {owners[sample_id]} too"
+                        yield Problem("overlap", seal.part, base, where)
+                    owners[sample_id] = seal.part
                     block.record(index)
         finally:
             reader.close()
     except (CacheError, ValueError) as error:
         yield Problem("content", seal.part, base, str(error))
         return
-    if num_records != seal.num_records:
-        yield Problem(
-            "content", seal.part, base, f"holds {num_records} records, its seal says {seal.num_records}"
-        )
+    for name in ("num_records", "num_images", "num_response_rows", "num_visual_rows"):
+        if (found := counts[name]) != (wanted := getattr(seal, name)):
+            what = name.removeprefix("num_").replace("_", " ")
+            yield Problem("content", seal.part, base, f"holds {found} {what}, its seal says {wanted}")
 
 
 def _check_ranges(seals: Mapping[int, PartSeal], manifest: Manifest) -> Iterator[Problem]:
@@ -203,6 +228,10 @@ def _check_ranges(seals: Mapping[int, PartSeal], manifest: Manifest) -> Iterator
         if (seal.first_sample, seal.num_samples) != wanted:
             found = f"{seal.num_samples} samples from {seal.first_sample}"
             yield Problem("overlap", part, layout.seal_key(part), f"covers {found}, the plan says {wanted}")
+        if seal.num_records + len(seal.quarantined) != seal.num_samples:
+            found = f"{seal.num_records} records and {len(seal.quarantined)} quarantined"
+            wanted_text = f"are not its {seal.num_samples} samples: some are lost"
+            yield Problem("content", part, layout.seal_key(part), f"{found} {wanted_text}")
 
 
 def _check_leftovers(store: Store, directories: set[str]) -> Iterator[Problem]:
@@ -259,10 +288,17 @@ def repair(report: Report) -> list[int]:
         Parts that have to be dumped again, missing ones included.
 
     Raises:
-        CacheError: The manifest itself is damaged: nothing can be trusted.
+        CacheError: The manifest itself is damaged, or a symbolic link stands in the way: nothing is changed.
     """
-    store = open_store(report.path)
+    store = open_store(report.path, copied=False)
     read_manifest(store)
+    if blocking := [
+        problem for problem in report.problems if problem.kind == "link" and _blocks(problem.path)
+    ]:
+        raise CacheError(
+            f"{report.path}/{blocking[0].path} {_LINK_TEXT}; put what it points to in its place, or remove "
+            f"the link, then repair again"
+        )
     if any(p.kind != "unsealed" for p in report.problems):
         drop_index(store)
     for part in report.bad_parts:

@@ -156,9 +156,11 @@ class CacheWriter:
         self.store.add(working, key)
         if self.store.create(layout.seal_key(seal.part), layout.guarded_json(seal.model_dump(mode="json"))):
             return seal
-        self.store.remove(key)
-        log.warning("part %d was sealed by another writer meanwhile; its copy is kept", seal.part)
-        return read_seal(self.store, seal.part)
+        winner = read_seal(self.store, seal.part)  # a lost reply, then a retry, looks like defeat too
+        if winner.directory != seal.directory:
+            self.store.remove(key)
+            log.warning("part %d was sealed by another writer meanwhile; its copy is kept", seal.part)
+        return winner
 
     def finalize(self) -> None:
         """Write the index that makes opening fast.
