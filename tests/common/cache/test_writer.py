@@ -12,6 +12,7 @@ import pytest
 from common.cache import layout
 from common.cache.reader import CacheReader
 from common.cache.seals import read_manifest, read_seal, sealed_parts
+from common.cache.store import LocalStore
 from common.cache.verify import repair, verify
 from common.cache.writer import CacheWriter, group_blocks
 from common.errors import CacheError, DataError, MismatchError, PartMissing
@@ -221,3 +222,19 @@ def test_a_part_directory_is_a_zarr_group(tmp_path):
         if p.is_file()
     }
     assert read_manifest(tmp_path / "l1") == make_manifest()
+
+
+def test_a_lost_reply_is_no_defeat(tmp_path, monkeypatch):
+    cache = CacheWriter.open(str(tmp_path / "l1"), make_manifest())
+    create = LocalStore.create
+
+    def lose_the_reply(self, key, data):
+        return create(self, key, data) and not key.startswith("seals/0")
+
+    monkeypatch.setattr(LocalStore, "create", lose_the_reply)
+    seal = write(cache, 0)
+    assert (tmp_path / "l1" / "parts" / seal.directory).is_dir()
+    assert verify(str(tmp_path / "l1")).ok
+    assert_same_record(
+        CacheReader(str(tmp_path / "l1")).read_record("sample-0"), records_of(0)[0], step=1 / 16
+    )
