@@ -27,6 +27,7 @@ from common.errors import TrainingError
 from student_train.metrics import write_json
 from student_train.model import Student
 from student_train.rundir import refuse_other
+from student_train.sync import sync_directory, sync_tree
 
 KEPT = 2
 """Checkpoints left on disk."""
@@ -97,11 +98,11 @@ class Checkpoints:
         save_file(dict(weights), temporary / "weights.safetensors")
         save_file(dict(optimizer), temporary / "optimizer.safetensors")
         write_json(temporary / "state.json", {"cursor": asdict(cursor), "identity": self._identity})
-        _sync(temporary)
+        sync_tree(temporary)
         if final.exists():
             shutil.rmtree(final)
         temporary.replace(final)
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
         for old in sorted(self.directory.glob("[0-9]*"))[:-KEPT]:
             shutil.rmtree(old)
 
@@ -110,11 +111,30 @@ class Checkpoints:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def trained_weights(student: Student, parts: Collection[str]) -> dict[str, Tensor]:
-    """Return the weights of the given parts by name, shared ones once."""
-    return {
+def trained_weights(student: Student, parts: Collection[str], *, keep: bool = True) -> dict[str, Tensor]:
+    """Return the weights of the given parts by name, shared ones once, whole and in main memory.
+
+    Every process calls it: sharded weights (FSDP) are gathered, one at a time.
+
+    Args:
+        student: The student.
+        parts: What `Student.part_of` says of the wanted ones.
+        keep: Whether this process writes them; the others only take part, and get nothing.
+    """
+    wanted = {
         name: value.detach() for name, value in student.named_parameters() if student.part_of(name) in parts
     }
+    return gather_all(wanted, keep=keep)
+
+
+def gather_all(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Gather tensors one at a time into main memory, so that no device holds them all whole at once."""
+    whole = {}
+    for name, value in tensors.items():
+        full = gather(value)
+        if keep:
+            whole[name] = full.cpu()
+    return whole
 
 
 def gather(value: Tensor) -> Tensor:
@@ -146,21 +166,25 @@ def put_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             parameters[name].copy_(shard_like(value, parameters[name]))
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """Return an optimiser's tensors as `weight name|state name`.
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, *, keep: bool = True
+) -> dict[str, Tensor]:
+    """Return an optimiser's tensors as `weight name|state name`, whole and in main memory.
 
-    Every process calls it: sharded moments (FSDP) are gathered.
+    Every process calls it: sharded moments (FSDP) are gathered, one at a time.
 
     Args:
         optimizer: One that has taken a step.
         module: Whose parameters it trains.
+        keep: Whether this process writes them; the others only take part, and get nothing.
     """
     names = {id(value): name for name, value in module.named_parameters()}
-    return {
-        f"{names[id(parameter)]}|{key}": gather(torch.as_tensor(value))
+    moments = {
+        f"{names[id(parameter)]}|{key}": torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
     }
+    return gather_all(moments, keep=keep)
 
 
 def load_optimizer_state(
@@ -180,18 +204,3 @@ def load_tensors(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, T
         load_file(checkpoint.path / "weights.safetensors"),
         load_file(checkpoint.path / "optimizer.safetensors"),
     )
-
-
-def _sync(directory: Path) -> None:
-    for path in directory.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_directory(directory)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,7 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from student_train.checkpoint import load_optimizer_state, optimizer_state, put_weights
+from student_train.checkpoint import load_optimizer_state, optimizer_state, put_weights, trained_weights
+
+
+class Layers(nn.Sequential):
+    """As `Student` to `trained_weights`: every parameter belongs to a part."""
+
+    def part_of(self, name: str) -> str:
+        return "projector" if name.startswith("0") else "llm"
 
 
 def free_port() -> int:
@@ -22,7 +29,7 @@ def free_port() -> int:
 
 def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    module = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    module = Layers(nn.Linear(6, 8), nn.Linear(8, 3))
     mesh = init_device_mesh("cpu", (2,))
     for layer in module:
         fully_shard(layer, mesh=mesh)
@@ -37,13 +44,13 @@ def walk(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def work(rank: int, port: int) -> None:
-    from student_train.checkpoint import gather
-
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     distributed.init_process_group("gloo", rank=rank, world_size=2)
     module, optimizer = make(0)
     walk(module, optimizer)
-    weights = {name: gather(value.detach()).clone() for name, value in module.named_parameters()}
+    shared = trained_weights(module, {"projector", "llm"}, keep=rank == 0)
+    assert list(shared) == (["0.weight", "0.bias", "1.weight", "1.bias"] if rank == 0 else [])
+    weights = {name: value.clone() for name, value in trained_weights(module, {"projector", "llm"}).items()}
     moments = {name: value.clone() for name, value in optimizer_state(optimizer, module).items()}
     assert not any(isinstance(value, DTensor) for value in (*weights.values(), *moments.values()))
     assert weights["0.weight"].shape == moments["0.weight|exp_avg"].shape == (8, 6)
