@@ -15,7 +15,7 @@ pip install --quiet torch==2.13.0+cpu || {
     echo "setup: no CPU build of torch found; point pip at PyTorch's own CPU index (PIP_EXTRA_INDEX_URL) and run again" >&2
     exit 2
 }
-pip install --quiet --constraint constraints-cpu.txt --editable '.[teacher-cpu,student,data,store,ray,dev]'
+pip install --quiet --constraint constraints-cpu.txt --editable '.[teacher-cpu,student,lora,data,store,ray,dev]'
 # Without CUDA these have no use, and torchcodec fails to load where vLLM does not expect it.
 pip uninstall --quiet --yes torchcodec torchaudio triton 2>/dev/null || true
 # The published torchvision wheel is built for CUDA; under a CPU torch it needs two operator names declared first.
