@@ -9,6 +9,7 @@ It repeats what the parts hold; deleting it loses nothing. Parts sealed after it
 from their own tables.
 """
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,23 +78,20 @@ def decode_names(names: Names) -> tuple[list[str], list[str | None]]:
     ends = np.cumsum(sizes.T.reshape(-1)).reshape(-1, 2)
     if (names.table[0] < 0).any() or (len(ends) and ends[-1, 1] != len(names.text)):
         raise PartCorrupt("the table of sample ids contradicts itself; run `cascache verify`")
-    data, ids, kinds = bytes(names.text), [], []
-    known: dict[bytes, str] = {}
-    start = 0
+    data = bytes(names.text)
+    starts, middles, stops = [0, *ends[:-1, 1].tolist()], ends[:, 0].tolist(), ends[:, 1].tolist()
     try:
-        for (middle, stop), has_kind in zip(ends.tolist(), (names.table[1] >= 0).tolist(), strict=True):
-            ids.append(data[start:middle].decode())
-            kinds.append(None if not has_kind else _interned(data[middle:stop], known))
-            start = stop
+        if data.isascii():
+            text = data.decode()
+            ids = [text[a:b] for a, b in zip(starts, middles, strict=False)]
+        else:
+            ids = [data[a:b].decode() for a, b in zip(starts, middles, strict=False)]
+        known = {kind: kind.decode() for kind in {data[a:b] for a, b in zip(middles, stops, strict=True)}}
     except UnicodeDecodeError as error:
         raise PartCorrupt("a sample id is not UTF-8; run `cascache verify`") from error
+    has_kind = (names.table[1] >= 0).tolist()
+    kinds = [known[data[a:b]] if has else None for a, b, has in zip(middles, stops, has_kind, strict=True)]
     return ids, kinds
-
-
-def _interned(text: bytes, known: dict[bytes, str]) -> str:
-    if text not in known:
-        known[text] = text.decode()
-    return known[text]
 
 
 def write_index(store: Store, manifest: Manifest, index: Index) -> None:
@@ -121,6 +119,8 @@ def write_index(store: Store, manifest: Manifest, index: Index) -> None:
     sync_directory(working)
     drop_index(store)
     store.add(working, layout.INDEX)
+    shutil.rmtree(working, ignore_errors=True)
+    store.tidy()
 
 
 def drop_index(store: Store) -> None:

@@ -141,6 +141,7 @@ class ObjectStore:
         self.name = url
         self._store = obstore.store.from_url(url, **options)
         self._copy = copy
+        self._working: Path | None = None
 
     def read(self, key: str, *, max_bytes: int = MAX_WHOLE_BYTES) -> bytes:
         """A whole, small object; never from the copy, because manifests and seals decide what exists."""
@@ -215,5 +216,14 @@ class ObjectStore:
             obstore.delete(self._store, doomed)
 
     def working(self) -> Path:
-        """A new directory on the local disk."""
-        return scratch_directory()
+        """A directory on the local disk."""
+        if self._working is None:
+            self._working = scratch_directory()
+        return self._working
+
+    def tidy(self) -> None:
+        """Remove the local directory, if it is empty."""
+        if self._working is not None:
+            with suppress(OSError):
+                self._working.rmdir()
+                self._working = None

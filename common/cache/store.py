@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -81,6 +81,9 @@ class Store(Protocol):
 
     def working(self) -> Path:
         """A local directory to prepare parts in."""
+
+    def tidy(self) -> None:
+        """Let go of the working directory, if nobody works in it."""
 
 
 class LocalBlob:
@@ -214,6 +217,11 @@ class LocalStore:
         directory = self._real_path(".writing")
         directory.mkdir(parents=True, exist_ok=True)
         return directory
+
+    def tidy(self) -> None:
+        """Remove `.writing/`, if it is empty: stock Zarr would wonder at it."""
+        with suppress(OSError):
+            self._real_path(".writing").rmdir()
 
 
 def _link_text(path: Path) -> str:

@@ -50,6 +50,15 @@ def test_stock_zarr_reads_the_same_numbers(tmp_path, profile):
             assert not whole[block, length:].any()
 
 
+def test_a_finished_cache_is_a_clean_hierarchy(tmp_path):
+    write(tmp_path / "l1", "portable")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        root = zarr.open_group(str(tmp_path / "l1"), mode="r")
+        names = {name.split("/")[0] for name, _ in root.members(max_depth=None)}
+    assert names == {"parts", "seals", "index"}
+
+
 @pytest.mark.parametrize("codec", ["pcodec", "blosc"])
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "float32"])
 def test_shards_of_stock_zarr_are_read_here(tmp_path, codec, dtype):
