@@ -8,24 +8,27 @@ from typing import Any
 
 from common.errors import CascacheError
 from common.settings import load_settings
-from teacher_dump.config import DumpConfig
+from teacher_dump.config import AuditConfig, DumpConfig
 
 _EPILOG = """examples:
   teacher-dump --model tiny                             the shipped teacher on the built-in images
   teacher-dump --model 7b --topk 64 --data train.json   a level from your data
   teacher-dump --model 7b --data train.json --dry-run   what it would cost
+  teacher-dump verify ./zarr/l1 --sample 32             compute samples again and compare
 A run that was stopped goes on when the same command is given again."""
 
+EXIT_DIFFERS = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        config = load_settings(
-            DumpConfig, sys.argv[1:] if argv is None else argv, prog="teacher-dump", epilog=_EPILOG
-        )
+        if arguments[:1] == ["verify"]:
+            return _verify(arguments[1:])
+        config = load_settings(DumpConfig, arguments, prog="teacher-dump", epilog=_EPILOG)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from teacher_dump.dump import dump
@@ -39,6 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     print(json.dumps(result) if config.json_ else _sentence(result))
     return 0
+
+
+def _verify(arguments: list[str]) -> int:
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--cache", *arguments]
+    config = load_settings(AuditConfig, arguments, prog="teacher-dump verify")
+    from teacher_dump.audit import audit
+
+    found = audit(config, _say)
+    if config.json_:
+        print(json.dumps(found))
+    else:
+        for kind in ("response", "visual"):
+            if kind in found:
+                print(f"{kind}: " + ", ".join(f"{name} {value:.3g}" for name, value in found[kind].items()))
+        print(f"relation: max_factor_error {found['max_factor_error']:.3g}")
+        print("the cache is what its teacher thinks" if found["ok"] else "the cache is NOT its teacher's")
+    return 0 if found["ok"] else EXIT_DIFFERS
 
 
 def _say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Settings of `teacher-dump`; every field is a flag and a key of `[teacher-dump]` in cascache.toml."""
+"""Settings of `teacher-dump` and `teacher-dump verify`: every field is a flag and a key in cascache.toml."""
 
 from typing import Any, Literal
 
@@ -128,6 +128,27 @@ class DumpConfig(Frozen):
             key.replace("-", "_"): _value(text)
             for key, _, text in (each.partition("=") for each in self.engine_arg)
         }
+
+
+class AuditConfig(Frozen):
+    """Compute a random handful of a cache's samples again, and say how far the cache is from them."""
+
+    cache: str = "zarr/l1"
+    """Directory or URL of the cache; may stand without its flag."""
+    sample: int = Field(32, ge=1)
+    """Samples computed again."""
+    model: str | None = None
+    """The teacher, where the name in the cache does not lead to it."""
+    data: str | None = None
+    """The samples; where the cache says the dump found them by default."""
+    image_root: str | None = None
+    """Directory that relative image paths start from."""
+    max_kl: float = Field(0.05, gt=0)
+    """Largest mean divergence, in nats, that still passes."""
+    seed: int = 0
+    """Of the draw."""
+    json_: bool = Field(False, alias="json")
+    """Print the result as JSON."""
 
 
 def _value(text: str) -> Any:

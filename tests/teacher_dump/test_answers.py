@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from common.cache.reader import CacheReader
 from common.cache.verify import verify
+from common.cache.writer import CacheWriter
 from common.chat import image_token_id, load_processor, to_question
 from common.data.entries import to_sample
 from common.data.source import open_source
@@ -127,6 +129,51 @@ def test_asked_images_give_equal_caches_from_equal_seeds(answers: Callable[[str]
         assert first != [said_in(one.read_record(name)) for name in draws], "draws should differ"
         keys = {image.key for name in one.sample_ids for image in one.read_record(name).visual}
         assert len(keys) == 4, "three questions and two draws share an image's knowledge"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["answered", "once/l1"])
+def test_an_audit_finds_the_cache_to_be_its_teacher_s(
+    cache: str, answers: Callable[[str], Any], root: Path, capsys: pytest.CaptureFixture[str]
+):
+    answers("asked")
+    assert main(["verify", str(root / cache), "--sample", "6", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for kind in ("response", "visual"):
+        assert found[kind]["rows"] > 0
+        assert found[kind]["max_logit_error"] <= 1 / 64 + 1e-3, "half a step of the encoding"
+        assert found[kind]["topk_agreement"] > 0.99
+        assert 0 <= found[kind]["kl_mean_nats"] <= found[kind]["kl_max_nats"] < 1e-3
+    assert found["max_factor_error"] < 3e-3
+
+
+@pytest.mark.slow
+def test_an_audit_tells_shifted_rows_and_other_weights(
+    answers: Callable[[str], Any], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    answers("asked")
+    with CacheReader(str(root / "once" / "l1")) as cache:
+        manifest, size = cache.manifest, cache.num_samples
+        records = [cache.read_record(index) for index in range(size)]
+    manifest = manifest.model_copy(update={"part_samples": size})
+    writer = CacheWriter.open(str(tmp_path / "shifted"), manifest)
+    rolled = ("token_ids", "logprobs", "log_tail", "logsumexp")
+    shifted = [
+        replace(
+            each,
+            response=replace(
+                each.response,
+                **{name: np.roll(getattr(each.response, name), 1, axis=0) for name in rolled},
+            ),
+        )
+        for each in records
+    ]
+    writer.write_part(0, shifted, first_sample=0, num_samples=size)
+    writer.finalize()
+    assert main(["verify", str(tmp_path / "shifted"), "--sample", "6"]) == 1
+    assert "NOT its teacher's" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "shifted"), "--model", "tiny-l1"]) == 2
+    assert "was dumped from" in capsys.readouterr().err
 
 
 @pytest.mark.slow

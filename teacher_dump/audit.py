@@ -1,0 +1,195 @@
+"""`teacher-dump verify`: is this cache what its teacher thinks? A random handful, computed again.
+
+    records ──drawn by seed──> images of the data ──transformers, float32──> logits, states
+                                                            │
+              kept log-probs, tails, factors  <──compared───┘
+
+A cache of a float32 teacher differs by its encoding only; of a bfloat16 one by that teacher's rounding.
+A teacher that did not see an image, another prompt or shifted rows lie far beyond either.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.cache.reader import CacheReader
+from common.data.source import SampleSource, open_source
+from common.errors import ConfigError, MismatchError
+from common.fingerprint import weights_sha256
+from common.images import decode_image, image_bytes
+from common.models import resolve_model
+from common.record import Record, TopK
+from common.relation import relation
+from schemas.manifest import Manifest
+from teacher_dump.config import AuditConfig
+from teacher_dump.reference import Forward, Reference
+from teacher_dump.teacher import find_teacher
+
+Say = Callable[[str], None]
+
+
+class Tally:
+    """Differences of one kind of rows."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.logit_error = 0.0
+        self.lse_error = 0.0
+        self.agreement: list[float] = []
+        self.divergence: list[float] = []
+
+    def add(self, kept: TopK, logits: torch.Tensor) -> None:
+        """Compare rows with the [N, V] logits computed again."""
+        if not len(kept.positions):
+            return
+        exact = logits.double().log_softmax(-1)
+        used = torch.from_numpy(np.isfinite(kept.logprobs))
+        ids = torch.from_numpy(np.array(kept.token_ids, np.int64))
+        found = torch.from_numpy(kept.logprobs.astype(np.float64))
+        theirs = exact.gather(-1, ids)
+        normaliser = torch.from_numpy(kept.logsumexp[:, 0].astype(np.float64))
+        raw = (found + normaliser[:, None] - logits.double().gather(-1, ids)).abs()
+        self.rows += len(ids)
+        self.logit_error = max(self.logit_error, float(raw[used].max()))
+        self.lse_error = max(self.lse_error, float((normaliser - logits.double().logsumexp(-1)).abs().max()))
+        best = exact.topk(ids.shape[1], dim=-1).indices
+        best = best.masked_fill(~used, -1)  # as many as the row kept
+        shared = ((ids[:, :, None] == best[:, None, :]) & used[:, :, None]).any(-1).sum(-1)
+        self.agreement += (shared / used.sum(-1)).tolist()
+        tail = torch.from_numpy(kept.log_tail[:, 0].astype(np.float64))
+        self.divergence += _divergence(theirs, found, used, tail).tolist()
+
+    def summary(self) -> dict[str, float]:
+        """Worst and mean differences."""
+        return {
+            "rows": self.rows,
+            "max_logit_error": self.logit_error,
+            "max_logsumexp_error": self.lse_error,
+            "topk_agreement": float(np.mean(self.agreement)),
+            "kl_mean_nats": float(np.mean(self.divergence)),
+            "kl_max_nats": float(np.max(self.divergence)),
+        }
+
+
+def _divergence(
+    theirs: torch.Tensor, found: torch.Tensor, used: torch.Tensor, tail: torch.Tensor
+) -> torch.Tensor:
+    """[N] KL(computed again ‖ cache) in nats, what the cache did not keep taken as one bucket.
+
+    Rounded log-probabilities do not add up to 1, so that it is Σ p log(p / q) − p + q: never negative.
+    """
+    kept = theirs.exp() * used
+    terms = torch.where(used, kept * (theirs - found), torch.zeros_like(kept)).sum(-1)
+    rest = (1 - kept.sum(-1)).clamp_min(torch.finfo(torch.float64).tiny)
+    bucket = torch.where(rest > 1e-12, rest * (rest.log() - tail), torch.zeros_like(rest))
+    mass = torch.where(used, found.exp(), torch.zeros_like(found)).sum(-1) + tail.exp()
+    return terms + bucket + mass - 1
+
+
+def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
+    """Compute samples again and compare.
+
+    Args:
+        config: The settings.
+        say: Takes one line for the user.
+
+    Returns:
+        Differences by kind of rows, and whether they pass, as JSON types.
+
+    Raises:
+        CascacheError: The cache, its data or its teacher cannot be found, or are not those of the dump.
+    """
+    with CacheReader(config.cache) as cache:
+        manifest = cache.manifest
+        source = _open_data(config, manifest)
+        reference, gram = _open_teacher(config, manifest)
+        draw = np.random.Generator(np.random.Philox(key=config.seed)).permutation(cache.num_samples)
+        chosen = np.sort(draw[: config.sample])
+        say(f"computing {len(chosen)} of {cache.num_samples} samples of {config.cache} again in float32")
+        tallies = {"response": Tally(), "visual": Tally()}
+        factors, states = [0.0], [0.0]
+        rows = {name: row for row, name in enumerate(source.sample_ids())}
+        for index in tqdm(chosen, desc="verify", unit="sample"):
+            record = cache.read_record(int(index))
+            forward = reference.forward(record.token_ids, _images(record, source, rows))
+            tallies["response"].add(record.response, forward.logits[record.response.positions])
+            _compare_images(record, forward, gram, tallies["visual"], factors, states, manifest)
+    found = {name: tally.summary() for name, tally in tallies.items() if tally.rows}
+    worst = max(each["kl_mean_nats"] for each in found.values()) if found else 0.0
+    return {
+        "cache": config.cache,
+        "samples": len(chosen),
+        **found,
+        "max_factor_error": max(factors),
+        "max_hidden_error": max(states),
+        "ok": worst <= config.max_kl,
+    }
+
+
+def _compare_images(
+    record: Record,
+    forward: Forward,
+    gram: torch.Tensor | None,
+    tally: Tally,
+    factors: list[float],
+    states: list[float],
+    manifest: Manifest,
+) -> None:
+    for image in record.visual:
+        span = slice(image.start, image.start + image.num_positions)
+        if image.topk is not None:
+            tally.add(image.topk, forward.logits[image.topk.positions])
+        if image.hidden is not None:
+            states.append(float((torch.from_numpy(image.hidden) - forward.hidden[span]).abs().max()))
+        if image.factor is not None:
+            exact = relation(forward.hidden[span], gram, cosine=manifest.relation.norm == "cosine").double()
+            kept = torch.from_numpy(image.factor).double()
+            kept = kept @ kept.T
+            factors.append(float((kept / kept.norm() - exact / exact.norm()).norm()))
+
+
+def _open_data(config: AuditConfig, manifest: Manifest) -> SampleSource:
+    found = manifest.data_source
+    data = config.data or (found.path if found else None)
+    if data is None:
+        raise ConfigError(f"{config.cache} does not say where its data is; name it with --data")
+    return open_source(data, image_root=config.image_root or (found.image_root if found else None))
+
+
+def _open_teacher(config: AuditConfig, manifest: Manifest) -> tuple[Reference, torch.Tensor | None]:
+    ref = resolve_model(config.model or manifest.teacher.model)
+    teacher = find_teacher(ref, dtype="float32", with_weights=True)
+    found, wanted = weights_sha256(teacher.path), manifest.teacher.weights_sha256
+    if found != wanted:
+        raise MismatchError(
+            f"{teacher.path} has weights {found[:12]}, {config.cache} was dumped from {wanted[:12]}; "
+            "name that teacher with --model"
+        )
+    reference = Reference(teacher.path, teacher.processor, vocab_size=manifest.vocab_size)
+    return reference, reference.gram() if manifest.relation.of == "logits" else None
+
+
+def _images(record: Record, source: SampleSource, rows: dict[str, int]) -> list[Any]:
+    """The sample's images, decoded, those the teacher is said to have seen."""
+    if record.sample_id not in rows:
+        raise MismatchError(
+            f"{source.path} has no sample {record.sample_id!r}; point --data at the samples that were dumped"
+        )
+    images = []
+    refs = source[rows[record.sample_id]].images
+    for number, ref in enumerate(refs):
+        encoded = image_bytes(ref, source.image_root)
+        where = f"image {number} of {record.sample_id}"
+        if number < len(record.visual):
+            found, wanted = hashlib.sha256(encoded).hexdigest(), record.visual[number].image_sha256
+            if found != wanted:
+                raise MismatchError(
+                    f"{where} has sha256 {found[:12]}, the cache says {wanted[:12]}; restore the image"
+                )
+        images.append(decode_image(encoded, where=where))
+    shown = sum(span.kind == "image" for span in record.spans)
+    return images[:shown]
