@@ -26,6 +26,12 @@ class TrainConfig(Frozen):
     """`cascade` (dpt, sft, dft, then dft a level), `pt-sft`, `pt-sft-sft`, or a recipe.toml."""
     eval: str | None = None
     """Held-out samples to answer after training."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Answer them every so many steps too, and keep the best student so far in model-best/."""
+    eval_limit: int | None = Field(None, ge=1)
+    """Only so many questions while training."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights, saved beside the student as model-ema/."""
     seed: int = Field(0, ge=0)
     """Seed of sample order and of every random choice."""
     micro_batch: int | None = Field(None, ge=1)

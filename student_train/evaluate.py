@@ -88,13 +88,44 @@ def evaluate(
     Raises:
         ConfigError: The data holds no question.
     """
-    processor = load_processor(model_path)
     student = load_student(model_path)
     student.eval()
+    return answer(
+        student.model,
+        load_processor(model_path),
+        source,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        limit=limit,
+    )
+
+
+def answer(
+    model: Any,
+    processor: Any,
+    source: SampleSource,
+    *,
+    batch_size: int = 100,
+    max_new_tokens: int = 32,
+    limit: int | None = None,
+) -> tuple[dict[str, Any], list[Answer]]:
+    """Answer every question of a data set with a model in memory; see `evaluate`.
+
+    Args:
+        model: A generating model in evaluation mode.
+        processor: Its processor; nobody else may use it meanwhile.
+        source: Held-out samples.
+        batch_size: Questions generated together.
+        max_new_tokens: Longest answer.
+        limit: Only the first so many questions.
+
+    Raises:
+        ConfigError: The data holds no question.
+    """
     questions = list(read_questions(processor, source))[:limit]
     if not questions:
         raise ConfigError(f"{source.path} holds no assistant turn to answer; name other data with --eval")
-    return _answer_all(student.model, processor, questions, source.image_root, batch_size, max_new_tokens)
+    return _answer_all(model, processor, questions, source.image_root, batch_size, max_new_tokens)
 
 
 def _answer_all(

@@ -7,11 +7,15 @@ On resuming, lines past the checkpoint are dropped, so the file tells each step 
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 Line = dict[str, float | int | str]
+
+LOG_SECONDS = 15.0
+"""Seconds between two lines of progress where stderr is no terminal."""
 
 
 class Metrics:
@@ -29,7 +33,7 @@ class Metrics:
         self._log_steps = log_steps
         self._accelerator = accelerator
         self._sums: dict[str, float] = {}
-        self._num = 0
+        self._nums: dict[str, int] = {}
         self.last: Line = {}
 
     def resume(self, total_steps: int) -> None:
@@ -45,27 +49,52 @@ class Metrics:
         """Count one step in; write a line when it is time.
 
         Args:
-            values: Numbers to average.
+            values: Numbers to average, each over the steps that have it.
             where: `level`, `stage`, `step`, `total_step` of this step.
         """
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-        self._num += 1
+            self._nums[name] = self._nums.get(name, 0) + 1
         if int(where["total_step"]) % self._log_steps == 0:
             self.flush(where)
 
     def flush(self, where: Line) -> None:
         """Write what has been collected, if anything."""
-        if not self._num:
+        if not self._nums:
             return
-        means = {name: value / self._num for name, value in self._sums.items()}
-        self._sums, self._num = {}, 0
+        means = {name: value / self._nums[name] for name, value in self._sums.items()}
+        self._sums, self._nums = {}, {}
         self.last = {**where, **means}
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.last) + "\n")
         if self._accelerator is not None:
             self._accelerator.log(means, step=int(where["total_step"]))
+
+
+def progress_bar(total: int, *, done: int, shown: bool) -> Any:
+    """Return tqdm's bar of a run: live on a terminal, a line every 15 seconds in a log.
+
+    Args:
+        total: Steps of the run.
+        done: Steps taken before.
+        shown: Whether this process shows it.
+    """
+    from tqdm import tqdm
+
+    live = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=done,
+        unit="step",
+        disable=not shown,
+        mininterval=0.1 if live else LOG_SECONDS,
+        maxinterval=10.0 if live else LOG_SECONDS,
+        ncols=None if live else 100,
+        bar_format=None
+        if live
+        else "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n",
+    )
 
 
 def read_stage_ends(path: Path) -> dict[str, Line]:

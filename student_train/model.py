@@ -241,6 +241,11 @@ class Student(nn.Module):
         config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=layers)
         self._adapters = (LoraModel(self.model, config, "default"),)
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether `add_adapters` put adapters on that have not been merged."""
+        return self._adapters is not None
+
     def merge_adapters(self) -> None:
         """Add the adapters into the layers and take them off: what is left is a plain model."""
         if self._adapters is not None:

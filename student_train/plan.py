@@ -109,6 +109,7 @@ class Plan:
             "precision": self.config.precision,
             "shuffle_blocks": self.config.shuffle_blocks,
             "lora_rank": self.config.lora_rank,
+            "ema": self.config.ema,
             "overfit_one_batch": self.config.overfit_one_batch,
         }
 
@@ -146,6 +147,8 @@ def make_plan(config: TrainConfig) -> Plan:
     """
     levels = tuple(open_level(path, config) for path in config.cache)
     held_out = open_source(config.eval, image_root=config.image_root) if config.eval else None
+    if config.eval_steps and held_out is None:
+        raise ConfigError("--eval-steps needs questions; name held-out samples with --eval")
     student = choose_student(config.student, levels[0])
     shape = read_shape(student.path_or_id, revision=student.revision)
     processor = load_processor(student.path_or_id, revision=student.revision)

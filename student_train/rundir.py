@@ -5,6 +5,8 @@ runs/x/
   checkpoints/    while it runs
   metrics.jsonl   tensorboard/
   model/          the finished student; it exists only whole
+  model-best/     the best student so far, with --eval-steps
+  model-ema/      the averaged weights, with --ema
   eval.json       answers.jsonl
   summary.json
 """
@@ -20,7 +22,7 @@ from student_train.metrics import write_json
 from student_train.recipe import recipe_differences
 
 _MADE_BY_A_RUN = (
-    *("checkpoints", "model", "tensorboard"),
+    *("checkpoints", "model", "model-best", "model-ema", ".model-best.former", "tensorboard"),
     *("run.json", "summary.json", "metrics.jsonl", "eval.json", "answers.jsonl", "profile.json"),
 )
 
@@ -38,6 +40,8 @@ class RunDirectory:
         self.path = path
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
         self.model = path / "model"
+        self.best_model = path / "model-best"
+        self.average_model = path / "model-ema"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"

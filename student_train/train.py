@@ -9,6 +9,7 @@ The student is carried over from stage to stage; the optimiser starts anew in ea
 moment, the same command goes on from the last checkpoint and ends with the same weights.
 """
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -17,6 +18,7 @@ from typing import Any, Self
 
 import torch
 
+from common.errors import ConfigError
 from student_train.card import model_card
 from student_train.checkpoint import (
     Checkpoints,
@@ -30,8 +32,9 @@ from student_train.checkpoint import (
 )
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate, write_results
+from student_train.keep import BestKeeper, WeightAverage, save_copy
 from student_train.losses.terms import RelationTerm
-from student_train.metrics import Line, Metrics, read_stage_ends, write_json
+from student_train.metrics import Line, Metrics, progress_bar, read_stage_ends, write_json
 from student_train.model import Student, load_student, save_student
 from student_train.pixels import PixelLoader
 from student_train.plan import Plan, PlannedStage, make_plan
@@ -94,6 +97,7 @@ class Run:
         self.cursor = found.cursor if found else done
         self._started_at = self.cursor.total_steps
         self._balance: dict[str, torch.Tensor] = {}
+        self._average: dict[str, torch.Tensor] = {}
         self._moments: dict[str, torch.Tensor] = {}
         self.student: Student | None = None
         if not self.directory.finished:
@@ -104,8 +108,9 @@ class Run:
                 self.student.recompute_activations()
             if found:
                 weights, self._moments = load_tensors(found)
-                self._balance = {
-                    name: weights.pop(name) for name in list(weights) if name.startswith("balance.")
+                self._balance = _take(weights, "balance.")
+                self._average = {
+                    name.removeprefix("ema."): value for name, value in _take(weights, "ema.").items()
                 }
                 put_weights(self.student, weights)
         self.metrics = Metrics(
@@ -114,19 +119,28 @@ class Run:
             accelerator=self.accelerator if config.tensorboard else None,
         )
         self._scores: dict[str, Any] | None = None
+        self.average = WeightAverage(config.ema) if config.ema else None
+        self._keeper = BestKeeper(plan, self.directory.best_model) if config.eval_steps else None
+        if self._keeper or self.average:
+            self._require_whole_weights()
+
+    def _require_whole_weights(self) -> None:
+        kind = str(self.accelerator.distributed_type).rpartition(".")[2]
+        if kind in ("FSDP", "DEEPSPEED"):
+            raise ConfigError(
+                f"--eval-steps and --ema need the whole student in one process, {kind} shards it; leave them "
+                f"out, and answer questions afterwards with `student-train eval`"
+            )
 
     def __enter__(self) -> Self:
         """Start trackers and progress bar."""
-        from tqdm import tqdm
-
         self.metrics.resume(self.cursor.total_steps)
         if self.plan.config.tensorboard and not self.directory.finished:
             self.accelerator.init_trackers("tensorboard")
-        self._bar: Any = tqdm(
-            total=min(self.plan.total_steps, self.plan.config.max_steps or self.plan.total_steps),
-            initial=self.cursor.total_steps,
-            unit="step",
-            disable=None if self._is_main else True,
+        self._bar: Any = progress_bar(
+            min(self.plan.total_steps, self.plan.config.max_steps or self.plan.total_steps),
+            done=self.cursor.total_steps,
+            shown=self._is_main,
         )
         wanted = self.plan.config.profile and self._is_main
         self._profiler = Profiler(self.directory.path / "profile.json" if wanted else None)
@@ -166,7 +180,10 @@ class Run:
         )
         put_weights(self.student, self._balance)
         load_optimizer_state(trainer.optimizer.optimizer, self.student, self._moments)
-        self._balance, self._moments = {}, {}
+        if self.average:
+            self.average.values |= self._average
+            self.average.start(self.student)
+        self._balance, self._average, self._moments = {}, {}, {}
         self._bar.set_description(planned.name)
         self._step_began = time.perf_counter()
         return trainer
@@ -230,8 +247,9 @@ class Run:
             if ends_stage
             else Cursor(self.cursor.stage, step + 1, total)
         )
-        now = time.perf_counter()
-        seconds, self._step_began = now - self._step_began, now
+        seconds = time.perf_counter() - self._step_began
+        if self.average:
+            self.average.update(trainer.student)
         speed = {
             "tokens_per_second": report.num_tokens / seconds,
             "data_wait_share": extra["wait_seconds"] / seconds,
@@ -243,7 +261,7 @@ class Run:
             "step": step + 1,
             "total_step": total,
         }
-        self.metrics.add({**report.values(), **extra, **speed}, where=where)
+        self.metrics.add({**report.values(), **extra, **speed, **self._look(total)}, where=where)
         if ends_stage or self.stopped():
             self.metrics.flush(where)
         self._bar.update()
@@ -251,6 +269,17 @@ class Run:
         self._profiler.step()
         if ends_stage or self.stopped() or total % config.save_steps == 0:
             self._save_checkpoint(trainer, ends_stage=ends_stage)
+        self._step_began = time.perf_counter()
+
+    def _look(self, total: int) -> dict[str, float]:
+        """Answer the held-out questions when it is time; one process does it."""
+        every = self.plan.config.eval_steps
+        if self._keeper is None or every is None or (total % every and total != self.plan.total_steps):
+            return {}
+        assert self.student is not None
+        values = self._keeper.look(self.student, total) if self._is_main else {}
+        self.accelerator.wait_for_everyone()
+        return values
 
     def _save_checkpoint(self, trainer: StageTrainer, *, ends_stage: bool) -> None:
         """A finished stage leaves its weights; an unfinished one its optimiser and learned factors too."""
@@ -261,6 +290,8 @@ class Run:
             parts.add("balance")
             moments = optimizer_state(trainer.optimizer.optimizer, trainer.student)
         weights = trained_weights(trainer.student, parts)
+        if self.average:
+            weights |= {f"ema.{name}": value for name, value in self.average.values.items()}
         if self._is_main:
             self._checkpoints.save(self.cursor, weights, moments)
         self.accelerator.wait_for_everyone()
@@ -270,6 +301,12 @@ class Run:
         if self.directory.finished:
             return
         assert self.student is not None
+        if self.average and self._is_main:
+            shutil.rmtree(self.directory.average_model, ignore_errors=True)
+            average = self.average.values | self._average
+            save_copy(
+                self.student, self.plan, self.plan.processor, self.directory.average_model, weights=average
+            )
         self.student.merge_adapters()
         weights = {name: gather(value) for name, value in self.student.model.state_dict().items()}
         if self._is_main:
@@ -299,11 +336,17 @@ class Run:
             "steps_per_second": round(steps / seconds, 3),
             "stages": read_stage_ends(self.directory.metrics),
             "eval": self._scores,
+            "best": self._keeper and self._keeper.best,
             "is_main": self._is_main,
         }
         if self._is_main and (steps or self._scores):
             write_json(self.directory.summary, summary)
         return summary
+
+
+def _take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Move the tensors of a prefix out."""
+    return {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
 
 
 def make_accelerator(plan: Plan) -> Any:

@@ -1,6 +1,6 @@
 import json
 
-from student_train.metrics import Metrics, read_stage_ends, write_json
+from student_train.metrics import Metrics, progress_bar, read_stage_ends, write_json
 
 
 def where(total, stage="dpt"):
@@ -69,3 +69,27 @@ def test_json_is_whole_or_not_there(tmp_path):
     write_json(tmp_path / "a.json", {"a": 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_value_that_some_steps_lack_is_the_mean_of_those_that_have_it(tmp_path):
+    metrics = Metrics(tmp_path / "m.jsonl", log_steps=4)
+    for step, extra in enumerate([{}, {"pull/ce": 3.0}, {}, {}], start=1):
+        metrics.add({"loss": float(step), **extra}, where=where(step))
+    (line,) = lines(tmp_path / "m.jsonl")
+    assert line["pull/ce"] == 3.0
+    assert line["loss"] == 2.5
+
+
+def test_a_log_gets_whole_lines_now_and_then(capsys):
+    bar = progress_bar(1000, done=0, shown=True)
+    for _ in range(1000):
+        bar.update()
+    bar.close()
+    printed = capsys.readouterr().err
+    assert 1 <= printed.count("\n") <= 4
+    assert "1000/1000" in printed
+
+
+def test_other_processes_show_nothing(capsys):
+    progress_bar(5, done=0, shown=False).update()
+    assert capsys.readouterr().err == ""
