@@ -159,13 +159,14 @@ def add_ties(codes: Array, levels: Array) -> None:
     Arithmetic instead of masks: the top bit of `level − 1` is set only where the level is 0, because the
     encoder chose a type in which every level leaves it free.
     """
-    num_ranks, num_rows = codes.shape
-    same, addend = np.empty(num_rows, levels.dtype), np.empty(num_rows, codes.dtype)
-    one, top_bit = levels.dtype.type(1), levels.dtype.type(8 * levels.itemsize - 1)
-    for rank in range(2, num_ranks):
-        np.subtract(levels[rank], one, out=same)
-        np.right_shift(same, top_bit, out=same)
-        np.multiply(same, codes[rank - 1], out=addend, casting="unsafe")
+    if levels.dtype != codes.dtype:
+        levels = np.minimum(levels, 1).astype(codes.dtype)
+    addend = np.empty(codes.shape[1], codes.dtype)
+    one, top_bit = codes.dtype.type(1), codes.dtype.type(8 * codes.itemsize - 1)
+    for rank in range(2, len(codes)):
+        np.subtract(levels[rank], one, out=addend)
+        np.right_shift(addend, top_bit, out=addend)
+        np.multiply(addend, codes[rank - 1], out=addend)
         np.add(codes[rank], addend, out=codes[rank])
 
 
