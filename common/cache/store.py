@@ -185,8 +185,7 @@ class LocalStore:
         """Write a file whole and synced, unless it exists: a hard link is the decision."""
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.working() / f"new-{os.urandom(8).hex()}"
-        write_synced(temporary, data)
+        temporary = self._write_new(data)
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -196,6 +195,14 @@ class LocalStore:
         for parent in [*path.parents][: key.count("/") + 1]:
             sync_directory(parent)
         return True
+
+    def _write_new(self, data: bytes) -> Path:
+        """A new, synced file; again, when another process tidied the directory away meanwhile."""
+        while True:
+            path = self.working() / f"new-{os.urandom(8).hex()}"
+            with suppress(FileNotFoundError):
+                write_synced(path, data)
+                return path
 
     def add(self, source: Path, key: str) -> None:
         """Rename a finished, synced directory of this file system."""

@@ -5,7 +5,6 @@ deep    + SHA-256 of every file, every block decoded, ids unique
 Report  problems, and the repair plan: parts to dump again, files to remove
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,16 +12,22 @@ from typing import Final, Literal
 
 from common.cache import layout
 from common.cache.block import Block
-from common.cache.index import INDEX_ARRAYS, decode_names, drop_index, read_index
+from common.cache.hashing import file_fault
+from common.cache.index import (
+    decode_names,
+    drop_index,
+    index_directory,
+    index_faults,
+    is_index_directory,
+    read_index,
+)
 from common.cache.part import PartReader
 from common.cache.places import open_store
 from common.cache.seals import read_manifest, read_seal, sealed_parts
-from common.cache.shard import SHARD_NAME
 from common.cache.store import Store
 from common.errors import CacheError
-from schemas.manifest import FileSeal, Manifest, PartSeal
+from schemas.manifest import Manifest, PartSeal
 
-_READ_BYTES: Final = 8 << 20
 _LINK_TEXT: Final = "is a symbolic link; a cache holds none, and what it points to is not touched"
 
 Kind = Literal[
@@ -165,31 +170,12 @@ def _check_part(
         yield Problem("extra", part, f"{base}/{name}", "is not in the seal")
     clean = True
     for name, wanted in seal.files.items():
-        fault = _check_file(store, f"{base}/{name}", sizes.get(name), wanted, deep=deep)
+        fault = file_fault(store, f"{base}/{name}", sizes.get(name), wanted, deep=deep)
         if fault is not None:
             clean = False
             yield Problem("missing" if name not in sizes else "bytes", part, f"{base}/{name}", fault)
     if clean and deep:
         yield from _check_content(store, base, manifest, seal, owners=owners)
-
-
-def _check_file(store: Store, key: str, size: int | None, wanted: FileSeal, *, deep: bool) -> str | None:
-    """What is wrong with one file, if anything."""
-    if size is None:
-        return "is missing"
-    if size != wanted.size_bytes:
-        return f"has {size} bytes, its seal says {wanted.size_bytes}"
-    if not deep:
-        return None
-    try:
-        blob = store.open(key)
-    except OSError as error:
-        return f"cannot be read ({error})"
-    digest = hashlib.sha256()
-    for offset in range(0, blob.size, _READ_BYTES):
-        digest.update(blob.read(offset, _READ_BYTES))
-    blob.close()
-    return None if digest.hexdigest() == wanted.sha256 else "its SHA-256 is not the sealed one"
 
 
 def _check_content(
@@ -241,6 +227,12 @@ def _check_leftovers(store: Store, directories: set[str]) -> Iterator[Problem]:
                 yield Problem(
                     "unsealed", None, f"{parent}/{name}", "has no seal: a writer works on it, or was killed"
                 )
+    current = index_directory(store)
+    for name in sorted(set(store.names(layout.INDEX)) - {layout.METADATA, current}):
+        if is_index_directory(name):
+            yield Problem("unsealed", None, f"{layout.INDEX}/{name}", "is an index that is not in use")
+        else:
+            yield Problem("extra", None, f"{layout.INDEX}/{name}", "is not part of the index")
     for name in store.names(""):
         if name not in layout.KNOWN_NAMES:
             yield Problem("extra", None, name, "is not part of a cache")
@@ -270,10 +262,13 @@ def _check_index(store: Store, manifest: Manifest, seals: Mapping[int, PartSeal]
     for part, seal in seals.items():
         if part in counts and counts[part] != seal.num_records:
             yield Problem("index", None, layout.INDEX, f"says {counts[part]} records of part {part}: wrong")
-    sizes = store.walk(layout.INDEX)
-    known = {f"{spec.name}/{name}" for spec in INDEX_ARRAYS for name in (layout.METADATA, SHARD_NAME)}
-    for name in sorted(sizes.keys() - known - {layout.METADATA}):
-        yield Problem("index", None, f"{layout.INDEX}/{name}", "is not part of the index")
+    yield from _check_index_files(store)
+
+
+def _check_index_files(store: Store) -> Iterator[Problem]:
+    attributes = layout.read_guarded_json(store.read(f"{layout.INDEX}/{layout.METADATA}"))
+    for path, fault in index_faults(store, attributes).items():
+        yield Problem("index", None, path, fault)
 
 
 def repair(report: Report) -> list[int]:

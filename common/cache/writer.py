@@ -7,7 +7,6 @@ Killed anywhere before the link, a part does not exist and is dumped again. Two 
 have a directory of their own; `link` lets one of them create the seal, the other removes its directory.
 """
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Final, Self
 import numpy as np
 
 from common.cache import layout
+from common.cache.hashing import hash_file, hash_files
 from common.cache.index import write_index
 from common.cache.pack import pack_part, unique_images
 from common.cache.part import write_part_files
@@ -27,7 +27,7 @@ from common.cache.seals import read_manifest, read_seal, sealed_parts
 from common.cache.store import Store
 from common.errors import CacheError, DataError, MismatchError, PartMissing
 from common.record import Record
-from schemas.manifest import FileSeal, Manifest, PartSeal, Quarantined
+from schemas.manifest import Manifest, PartSeal, Quarantined
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class CacheWriter:
         name = layout.new_directory(part)
         working = self.store.working() / name
         try:
-            working.mkdir()
+            working.mkdir(parents=True)  # another process may tidy the parent away
             write_part_files(working, packed, profile=self.manifest.encoding.profile)
             visual = [v for group in groups for v in unique_images(group).values()]
             seal = PartSeal(
@@ -200,19 +200,6 @@ def _create(store: Store, manifest: Manifest) -> None:
     for name in (layout.PARTS, layout.SEALS):
         store.create(f"{name}/{layout.METADATA}", layout.group_json({}))
     store.create(layout.METADATA, layout.guarded_json(manifest.model_dump(mode="json")))
-
-
-def hash_files(directory: Path) -> dict[str, FileSeal]:
-    """Size and SHA-256 of every file below a directory, by relative path."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    return {str(p.relative_to(directory)): hash_file(p) for p in files}
-
-
-def hash_file(path: Path) -> FileSeal:
-    """Size and SHA-256 of one file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileSeal(size_bytes=file.tell(), sha256=digest)
 
 
 def group_blocks(records: Sequence[Record], block_rows: int) -> Iterator[Sequence[Record]]:

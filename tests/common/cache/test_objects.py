@@ -184,3 +184,37 @@ def test_merge_refuses_another_identity_and_damage(tmp_path):
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     with pytest.raises(PartCorrupt, match="verify"):
         transfer([paths[0]], str(tmp_path / "again"))
+
+
+def test_verify_proves_the_bucket_and_not_the_local_copy(bucket):
+    path = f"{bucket}/behind-a-copy"
+    write(path).finalize()
+    check(path)
+    store = ObjectStore(path)
+    key = f"parts/{read_seal(store, 1).directory}/response_codes/c.0.0"
+    data = bytearray(store.read(key))
+    data[3] ^= 1
+    obstore.put(store._store, key, bytes(data))
+    assert verify(path).bad_parts == [1]
+
+
+def test_no_copy_means_none(bucket, tmp_path):
+    write(f"{bucket}/uncopied", parts=(0,))
+    store = ObjectStore(f"{bucket}/uncopied")
+    store.open(f"parts/{read_seal(store, 0).directory}/sample_tokens/c.0.0").read(0, 8)
+    assert not list((tmp_path / "copy").glob("??/*"))
+
+
+def test_a_new_index_is_not_hidden_by_copies_of_the_old_one(bucket):
+    path = f"{bucket}/two-indices"
+    cache = write(path)
+    cache.finalize()
+    assert CacheReader(path).num_samples == 6
+    store = ObjectStore(path)
+    key = f"parts/{read_seal(store, 1).directory}/response_codes/c.0.0"
+    obstore.put(store._store, key, b"damaged")
+    assert repair(verify(path)) == [1]
+    fresh = make_records(np.random.default_rng(7), 3, first=100)
+    cache.write_part(1, fresh, first_sample=3, num_samples=3)
+    cache.finalize()
+    assert sorted(CacheReader(path).sample_ids)[:3] == ["sample-0", "sample-1", "sample-100"]
