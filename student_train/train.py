@@ -33,6 +33,7 @@ from student_train.checkpoint import (
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate, write_results
 from student_train.keep import BestKeeper, WeightAverage, save_copy
+from student_train.launch import make_accelerator
 from student_train.losses.terms import RelationTerm
 from student_train.metrics import Line, Metrics, progress_bar, read_stage_ends, write_json
 from student_train.model import Student, load_student, save_student
@@ -347,21 +348,3 @@ class Run:
 def _take(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Move the tensors of a prefix out."""
     return {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
-
-
-def make_accelerator(plan: Plan) -> Any:
-    """Start accelerate: one process or many, on what the machine has.
-
-    Args:
-        plan: Its configuration names device, precision and run directory.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
-
-    config = plan.config
-    return Accelerator(
-        cpu=config.device == "cpu" or not torch.cuda.is_available(),
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        log_with="tensorboard" if config.tensorboard else None,
-        project_config=ProjectConfiguration(project_dir=str(plan.out), logging_dir=str(plan.out)),
-    )
