@@ -127,7 +127,7 @@ class Encoding(Frozen):
     """`pcodec`: smallest; `portable`: Blosc bitshuffle + zstd, readable by every Zarr v3 library."""
     logits: Literal["steps", "bfloat16", "float32"] = "steps"
     """Kept logits as whole steps, as exact bfloat16 bits, or as float32."""
-    logit_step: float = Field(1 / 16, gt=0)
+    logit_step: float = Field(0.06, gt=0)
     """Step in nats when `logits = "steps"`; the worst error is half of it."""
 
 

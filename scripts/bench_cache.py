@@ -33,7 +33,7 @@ from common.cache.seals import read_seal
 from common.cache.shard import inflate
 from common.cache.writer import CacheWriter
 from common.record import TopK
-from schemas.manifest import PartSeal
+from schemas.manifest import Encoding, PartSeal, SampleSet
 from scripts.bench_cache_data import (
     exact_rows,
     level_of,
@@ -255,27 +255,48 @@ def bench_shuffle() -> list[dict[str, float]]:
     ]
 
 
-def bench_dump(path: str) -> dict[str, Any]:
-    """Bytes a position of a real dump, from its seals, and the time to read it."""
+def bench_dump(path: str, work: Path) -> dict[str, Any]:
+    """Bytes a position of a real dump and its read time; exact logits are encoded anew, for the KL."""
+    divergence: float | None = None
+    with CacheReader(path) as cache:
+        if cache.manifest.encoding.logits == "float32":
+            path = str(work / f"again-{Path(path).name}")
+            divergence = reencode(cache, path)
     with CacheReader(path) as cache:
         rows = sum(s.num_response_rows + s.num_visual_rows for s in cache.seals.values())
         size = sum(row_bytes(seal) for seal in cache.seals.values())
         everything = sum(f.size_bytes for seal in cache.seals.values() for f in seal.files.values())
-        taken = best_microseconds(
-            lambda: [cache.read_block(b) and None for b in range(cache.num_blocks)], rows, repeats=3
-        )
-        encoding = cache.manifest.encoding
+        order = range(cache.num_blocks)
+        taken = best_microseconds(lambda: [cache.read_block(b) and None for b in order], rows, repeats=3)
         return {
-            "path": path,
             "teacher": cache.manifest.teacher.model,
             "positions": rows,
             "vocab_rows": cache.manifest.vocab_rows,
             "topk": cache.manifest.capture.topk,
-            "logit_step": encoding.logit_step,
+            "logit_step": cache.manifest.encoding.logit_step,
             "bytes_per_position": size / rows,
             "bytes_per_position_all_files": everything / rows,
+            "kl_nats": divergence,
             "block_read_us_per_sample": taken,
         }
+
+
+def reencode(exact: CacheReader, path: str) -> float:
+    """Write a level's records again in one part, logits as steps; returns the mean KL in nats."""
+    records = [exact.read_record(i) for i in range(exact.num_samples)]
+    update = {"encoding": Encoding(), "samples": SampleSet(fingerprint="again", num_samples=len(records))}
+    manifest = exact.manifest.model_copy(update=update | {"part_samples": len(records)})
+    CacheWriter.open(path, manifest).write_part(0, records, first_sample=0, num_samples=len(records))
+    divergences = []
+    with CacheReader(path) as cache:
+        for index, record in enumerate(records):
+            found = cache.read_record(index)
+            divergences.append(kl_nats(record.response, found.response))
+            pairs = zip(record.visual, found.visual, strict=True)
+            divergences += [
+                kl_nats(a.topk, b.topk) for a, b in pairs if a.topk is not None and b.topk is not None
+            ]
+    return float(np.concatenate(divergences).mean())
 
 
 def run(samples: int, dumps: list[str]) -> dict[str, Any]:
@@ -290,7 +311,7 @@ def run(samples: int, dumps: list[str]) -> dict[str, Any]:
         result["sharing"] = bench_sharing(work)
         result["shuffle"] = bench_shuffle()
         result |= synthetic_open(work)
-        result["dumps"] = [bench_dump(path) for path in dumps]
+        result["dumps"] = [bench_dump(path, work) for path in dumps]
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return result

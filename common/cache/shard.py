@@ -35,6 +35,7 @@ MAX_CHUNKS: Final = 1 << 20
 _CRC_BYTES: Final = 4
 _CRC_RESIDUE: Final = 0x48674BC7  # the CRC-32C of any bytes followed by their own CRC-32C
 _BLOSC_HEADER_BYTES: Final = 16
+_CHUNK_SLACK_BYTES: Final = 1 << 16
 _DTYPES: Final = frozenset({"uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64"})
 
 Array = NDArray[Any]
@@ -59,7 +60,7 @@ def coding_for(profile: str, dtype: np.dtype[Any], packing: Packing) -> Coding:
     if packing == "pairs":
         return Coding("pcodec", 10)
     deltas: dict[str, Literal["none", "consecutive", "auto"]] = {"trend": "consecutive", "smooth": "auto"}
-    return Coding("pcodec", 8, deltas.get(packing, "none"))
+    return Coding("pcodec", 10 if packing == "dense" else 8, deltas.get(packing, "none"))
 
 
 def crc32c(data: bytes) -> int:
@@ -197,7 +198,7 @@ def parse_array_json(text: bytes, where: str) -> ArrayMeta:
         outer, chunk = document["chunk_grid"]["configuration"]["chunk_shape"], inner["chunk_shape"]
         dtype, sharded = str(document["data_type"]), sharding["name"] == "sharding_indexed"
         at_end = inner.get("index_location", "end") == "end"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise PartCorrupt(
             f"{where} is not the metadata of a sharded Zarr array ({error}); {AGAIN}"
         ) from error
@@ -277,6 +278,9 @@ class ShardReader:
         index = [(int(a), int(b)) for a, b in np.frombuffer(raw[:-_CRC_BYTES], "<u8").reshape(-1, 2)]
         if any(offset + length > size - tail for offset, length in index):
             raise PartCorrupt(f"{self.where}: the shard index points outside the file; {AGAIN}")
+        most = 2 * self.meta.capacity * self.meta.dtype.itemsize + _CHUNK_SLACK_BYTES
+        if any(length > most for _, length in index):
+            raise PartCorrupt(f"{self.where}: a chunk takes more bytes than its values could; {AGAIN}")
         return index
 
     def read_bytes(self, block: int) -> bytes:
