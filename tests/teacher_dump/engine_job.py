@@ -53,6 +53,17 @@ def _prompt_logprobs(engine: Engine, item: Any) -> list[dict[int, float]]:
     return [{token: each.logprob for token, each in (row or {}).items()} for row in output.prompt_logprobs]
 
 
+def parallel(models: Path, family: str, tensor: str, pipeline: str) -> dict[str, Any]:
+    """Every sample captured by two workers, which share each layer or take half of the layers each."""
+    processor = load_processor(str(models / family))
+    wanted = settings(
+        models / family, inside=False, tensor_parallel=int(tensor), pipeline_parallel=int(pipeline)
+    )
+    with Engine(wanted) as engine:
+        found = engine.run([submission(prepare(processor, each)) for each in samples()])
+        return {"captured": found, "runner": engine.runner}
+
+
 def tampered(models: Path, family: str) -> dict[str, Captured]:
     """What the engine says to samples whose images or positions were tampered with after preparation."""
     processor = load_processor(str(models / family))
