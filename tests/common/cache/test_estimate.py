@@ -84,7 +84,10 @@ def test_counts_survive_the_cache(tmp_path, sampling):
     rows = draw_rows(
         rng.normal(scale=2, size=(5, VOCAB)), head=0 if sampling == "random" else 3, draws=6, seed=1
     )
-    record = dataclasses.replace(make_record(rng, "s", vocab=VOCAB), response=rows)
+    record = make_record(rng, "s", vocab=VOCAB)
+    record = dataclasses.replace(
+        record, response=dataclasses.replace(rows, positions=record.response.positions)
+    )
     manifest = make_manifest(
         num_samples=1,
         vocab=VOCAB,
