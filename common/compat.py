@@ -18,7 +18,8 @@ from schemas.manifest import Manifest
 _CURES = {
     "tokenizer": "choose a student of the teacher's family, or dump with a teacher of the student's",
     "chat_template": "give the student the teacher's chat_template.jinja, or dump with the student's",
-    "image_processor": "give the student the teacher's image settings, or dump with the student's",
+    "image_processor": "give the student the teacher's image settings, dump with the student's, or train on "
+    "the student's own positions (--image-grid own)",
 }
 
 
@@ -32,13 +33,14 @@ class Fit:
     """What differs and does no harm."""
 
 
-def check_fit(manifest: Manifest, processor: Any, *, vocab_rows: int) -> Fit:
+def check_fit(manifest: Manifest, processor: Any, *, vocab_rows: int, own_grid: bool = False) -> Fit:
     """Compare a cache with a student, field by field.
 
     Args:
         manifest: The cache's identity.
         processor: The student's transformers processor.
         vocab_rows: Rows of the student's head, padding included; its real tokens are the tokenizer's.
+        own_grid: Whether the student may see images through another processor.
     """
     found = fingerprints(processor)
     problems = [
@@ -49,6 +51,9 @@ def check_fit(manifest: Manifest, processor: Any, *, vocab_rows: int) -> Fit:
         if ours != theirs
     ]
     notes = []
+    if own_grid:
+        notes = [problem for problem in problems if problem.startswith("image processor")]
+        problems = [problem for problem in problems if problem not in notes]
     teacher = Vocabulary(manifest.vocab_rows, manifest.vocab_size)
     try:
         shared_rows(teacher, Vocabulary(vocab_rows, manifest.vocab_size))
@@ -63,14 +68,14 @@ def check_fit(manifest: Manifest, processor: Any, *, vocab_rows: int) -> Fit:
 
 
 def require_fit(
-    cache: str, manifest: Manifest, student: str, processor: Any, *, vocab_rows: int
+    cache: str, manifest: Manifest, student: str, processor: Any, *, vocab_rows: int, own_grid: bool = False
 ) -> tuple[str, ...]:
     """Return the notes of a fit, or refuse.
 
     Raises:
         MismatchError: Names every differing field and what to do about it.
     """
-    fit = check_fit(manifest, processor, vocab_rows=vocab_rows)
+    fit = check_fit(manifest, processor, vocab_rows=vocab_rows, own_grid=own_grid)
     if fit.problems:
         listing = "\n  ".join(fit.problems)
         raise MismatchError(

@@ -19,6 +19,8 @@ from torch import Tensor
 from common.errors import MismatchError
 from common.record import Record, TopK, VisualRecord
 from common.spans import response_rows
+from common.vocab import check_ids
+from schemas.sample import Tile
 from student_train.batch import Batch, RelationTarget, SparseTargets
 from student_train.losses.terms import Term
 from student_train.pixels import Pixels, join
@@ -51,6 +53,8 @@ class Example:
     """Pass over the data that it belongs to."""
     index: int = 0
     """Its index in the cache."""
+    teacher_tiles: tuple[tuple[Tile, ...], ...] | None = None
+    """The teacher's patch grid of each image, where the record's is the student's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,14 @@ def collate(examples: Sequence[Example], layout: InputLayout, wanted: Wanted) ->
         wanted: Which targets to include.
 
     Raises:
-        MismatchError: A record's image positions do not hold the student's image token.
+        MismatchError: A record's image positions do not hold the student's image token, or a response
+            token leaves the shared vocabulary.
     """
     records = [example.record for example in examples]
     length = max(len(record.token_ids) for record in records)
     positions = [_response_positions(record) for record in records]
+    for record, here in zip(records, positions, strict=True):
+        check_ids(record.token_ids[here + 1], layout.vocab_size, where=f"sample {record.sample_id!r}")
     kept = _kept_visual(examples, wanted) if "visual_kl" in wanted.terms else []
     responses = [each.response for each in records] if "response_kl" in wanted.terms else []
     return Batch(
@@ -99,7 +106,7 @@ def collate(examples: Sequence[Example], layout: InputLayout, wanted: Wanted) ->
         response_targets=to_targets(responses, layout.vocab_size, wanted) if responses else None,
         visual_rows=torch.from_numpy(_concatenate([topk.positions + at * length for at, topk in kept])),
         visual_targets=to_targets([topk for _, topk in kept], layout.vocab_size, wanted) if kept else None,
-        relations=_relations(records, length, wanted) if "relation" in wanted.terms else (),
+        relations=_relations(examples, length, wanted) if "relation" in wanted.terms else (),
         num_tokens=sum(len(record.token_ids) for record in records),
         visual_weights=_visual_weights(examples, kept) if kept and wanted.visual_positions else None,
     )
@@ -254,26 +261,32 @@ def _drop_padding(
     token_ids[padding] = 0
 
 
-def _relations(records: Sequence[Record], length: int, wanted: Wanted) -> tuple[RelationTarget, ...]:
+def _relations(examples: Sequence[Example], length: int, wanted: Wanted) -> tuple[RelationTarget, ...]:
     return tuple(
-        _relation(image, factor, at * length)
-        for at, record in enumerate(records)
-        for image in record.visual
+        _relation(image, factor, at * length, _teacher_tiles(example, number))
+        for at, example in enumerate(examples)
+        for number, image in enumerate(example.record.visual)
         if (factor := _factor(image, wanted)) is not None
     )
+
+
+def _teacher_tiles(example: Example, image: int) -> tuple[Tile, ...]:
+    return (example.teacher_tiles or [each.tiles for each in example.record.visual])[image]
 
 
 def _factor(image: VisualRecord, wanted: Wanted) -> NDArray[np.float32] | None:
     return image.hidden if image.factor is None and wanted.hidden_relation else image.factor
 
 
-def _relation(image: VisualRecord, factor: NDArray[np.float32], offset: int) -> RelationTarget:
+def _relation(
+    image: VisualRecord, factor: NDArray[np.float32], offset: int, teacher_tiles: tuple[Tile, ...]
+) -> RelationTarget:
     first = offset + image.start
     return RelationTarget(
         rows=torch.arange(first, first + image.num_positions),
         factor=torch.from_numpy(np.array(factor, np.float32)),
         tiles=image.tiles,
-        teacher_tiles=image.tiles,
+        teacher_tiles=teacher_tiles,
     )
 
 

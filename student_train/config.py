@@ -38,6 +38,8 @@ class TrainConfig(Frozen):
     """Samples a forward pass in one process; default: the stage's share in one pass."""
     tokens_per_batch: int | None = Field(None, ge=1)
     """Real tokens an optimiser step, instead of the recipe's batch sizes: less padding for ragged samples."""
+    image_grid: Literal["teacher", "own"] = "teacher"
+    """`own`: the student's image processor may differ; visual_kl is left out, relations are resampled."""
     precision: Precision = "fp32"
     """Arithmetic of the forward pass; weights and loss sums stay float32."""
     lora_rank: int | None = Field(None, ge=1)

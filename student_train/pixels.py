@@ -8,7 +8,7 @@ several questions an image) are kept in memory up to a bound.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.data.source import SampleSource
 from common.errors import DataError, MismatchError
+from common.grids import ImageLayout, image_layout
 from common.images import decode_image, image_bytes
 from common.record import Record
 from schemas.sample import Sample
@@ -33,6 +34,8 @@ class Pixels:
     """Image keyword arguments of the model's forward; the first axis counts images or patches."""
     num_tokens: tuple[int, ...]
     """Positions that each image takes."""
+    layouts: tuple[ImageLayout, ...] = ()
+    """The same with patch grids, where the student has image positions of its own."""
 
     @property
     def size_bytes(self) -> int:
@@ -43,16 +46,20 @@ class Pixels:
 class PixelLoader:
     """Reads, checks and preprocesses the images of records."""
 
-    def __init__(self, source: SampleSource, processor: Any, *, keep_bytes: int) -> None:
+    def __init__(
+        self, source: SampleSource, processor: Any, *, keep_bytes: int, own_grid: bool = False
+    ) -> None:
         """Open the data.
 
         Args:
             source: The samples that the cache was dumped from.
             processor: The student's processor.
             keep_bytes: Memory for pixels that come again.
+            own_grid: Whether images may take another number of positions than in the cache.
         """
         self._source = source
         self._processor = processor
+        self._own_grid = own_grid
         self._rows = {sample_id: row for row, sample_id in enumerate(source.sample_ids())}
         self._recent: Recent[tuple[str, ...], Pixels] = Recent(
             capacity=keep_bytes, weigh=lambda pixels: pixels.size_bytes
@@ -76,10 +83,11 @@ class PixelLoader:
         hashes = tuple(image.image_sha256 for image in record.visual)
         pixels = self._recent.get(hashes, lambda: self._load(record.sample_id, hashes))
         wanted = tuple(image.num_positions for image in record.visual)
-        if pixels.num_tokens != wanted:
+        if pixels.num_tokens != wanted and not self._own_grid:
             raise MismatchError(
                 f"sample {record.sample_id!r}: the student's processor gives its images {pixels.num_tokens} "
-                f"positions, the cache has {wanted}; use the teacher's image settings, or dump again"
+                f"positions, the cache has {wanted}; use the teacher's image settings, dump again, or "
+                f"train on the student's own positions with --image-grid own"
             )
         return pixels
 
@@ -101,7 +109,16 @@ class PixelLoader:
                     f"restore the image, or dump again"
                 )
             images.append(decode_image(encoded, where=where))
-        return preprocess(self._processor, images)
+        pixels = preprocess(self._processor, images)
+        return replace(pixels, layouts=self._layouts(images, pixels)) if self._own_grid else pixels
+
+    def _layouts(self, images: list[Any], pixels: Pixels) -> tuple[ImageLayout, ...]:
+        """Patch grids of images; none where the grid that is known does not cover the positions taken."""
+        known = [image_layout(self._processor, image.height, image.width) for image in images]
+        return tuple(
+            layout if layout.num_positions == num else ImageLayout(num, ())
+            for layout, num in zip(known, pixels.num_tokens, strict=True)
+        )
 
     def _find(self, sample_id: str) -> Sample:
         row = self._rows.get(sample_id)

@@ -110,6 +110,7 @@ class Plan:
             "shuffle_blocks": self.config.shuffle_blocks,
             "lora_rank": self.config.lora_rank,
             "ema": self.config.ema,
+            "image_grid": self.config.image_grid,
             "overfit_one_batch": self.config.overfit_one_batch,
         }
 
@@ -156,7 +157,12 @@ def make_plan(config: TrainConfig) -> Plan:
         f"{level.path}: {note}"
         for level in levels
         for note in require_fit(
-            level.path, level.manifest, student.name, processor, vocab_rows=shape.vocab_rows
+            level.path,
+            level.manifest,
+            student.name,
+            processor,
+            vocab_rows=shape.vocab_rows,
+            own_grid=config.image_grid == "own",
         )
     ]
     notes += [
@@ -165,7 +171,7 @@ def make_plan(config: TrainConfig) -> Plan:
         for level in levels
         if not level.cache.complete
     ]
-    recipe = choose_recipe(config.recipe, levels, tiny=shape.is_tiny)
+    recipe = choose_recipe(config.recipe, levels, tiny=shape.is_tiny, own_grid=config.image_grid == "own")
     if config.tokens_per_batch is not None:
         recipe = recipe.with_stages(tokens_per_batch=config.tokens_per_batch)
     names = "-".join(Path(level.path).resolve().name for level in levels)
@@ -214,7 +220,7 @@ def choose_student(name: str | None, level: Level) -> ModelRef:
     return smallest_of_family(resolve_model(level.manifest.teacher.model).family)
 
 
-def choose_recipe(name: str | None, levels: Sequence[Level], *, tiny: bool) -> Recipe:
+def choose_recipe(name: str | None, levels: Sequence[Level], *, tiny: bool, own_grid: bool = False) -> Recipe:
     """Return the recipe: a preset fitted to the caches, or a file taken at its word.
 
     Raises:
@@ -224,7 +230,7 @@ def choose_recipe(name: str | None, levels: Sequence[Level], *, tiny: bool) -> R
     if name is None or name in PRESETS:
         recipe = preset_recipe(name or "cascade", base=base, num_levels=len(levels))
         fitted = [
-            fit_preset(stages, level.cache.kinds, available_terms(level.manifest))
+            fit_preset(stages, level.cache.kinds, available_terms(level.manifest, own_grid=own_grid))
             for stages, level in zip(recipe.levels, levels, strict=True)
         ]
         return Recipe(levels=tuple(fitted))
@@ -235,17 +241,22 @@ def choose_recipe(name: str | None, levels: Sequence[Level], *, tiny: bool) -> R
             f"give one --cache a level"
         )
     for level, stages in zip(levels, recipe.levels, strict=True):
-        _require_terms(level, stages)
+        _require_terms(level, stages, own_grid=own_grid)
     return recipe
 
 
-def available_terms(manifest: Manifest) -> frozenset[Term]:
-    """Return the terms that a cache holds targets for."""
+def available_terms(manifest: Manifest, *, own_grid: bool = False) -> frozenset[Term]:
+    """Return the terms that a cache holds targets for.
+
+    Args:
+        manifest: The cache's identity.
+        own_grid: Whether the student has image positions of its own, where no distribution was kept.
+    """
     positions, relation = manifest.capture.positions, manifest.relation
     has: Mapping[Term, bool] = {
         "ce": True,
         "response_kl": positions != "visual",
-        "visual_kl": positions != "response" and manifest.capture.visual_fraction > 0,
+        "visual_kl": positions != "response" and manifest.capture.visual_fraction > 0 and not own_grid,
         "relation": relation.store in ("factor", "both") or _relates_hidden(manifest),
     }
     return frozenset(term for term in TERMS if has[term])
@@ -256,14 +267,15 @@ def _relates_hidden(manifest: Manifest) -> bool:
     return manifest.relation.store == "hidden" and manifest.relation.of == "hidden"
 
 
-def _require_terms(level: Level, stages: Sequence[Stage]) -> None:
-    have = available_terms(level.manifest)
+def _require_terms(level: Level, stages: Sequence[Stage], *, own_grid: bool) -> None:
+    have = available_terms(level.manifest, own_grid=own_grid)
+    where = " at the student's own image positions" if own_grid else ""
     for stage in stages:
         lacking = [term for term in stage.terms if term not in have]
         if lacking:
             raise ConfigError(
-                f"stage {stage.name!r} wants {', '.join(lacking)}, but {level.path} holds no targets for it "
-                f"(has {', '.join(sorted(have))}); leave the term out, or dump again with it"
+                f"stage {stage.name!r} wants {', '.join(lacking)}, but {level.path} holds no targets for it"
+                f"{where} (has {', '.join(sorted(have))}); leave the term out, or dump again with it"
             )
 
 

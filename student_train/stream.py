@@ -24,6 +24,7 @@ from student_train.batch import Batch, without_targets
 from student_train.collate import Example, InputLayout, Wanted, collate
 from student_train.pixels import PixelLoader
 from student_train.recent import Recent
+from student_train.regrid import regrid
 from student_train.sampling import Described, Sampler
 
 
@@ -177,7 +178,10 @@ class Stream:
     def _example(self, epoch: int, index: int) -> Example:
         record = self._records.record(index)
         pixels = self._pixels.load(record) if self._pixels is not None else None
-        return Example(record, pixels, epoch, index)
+        if pixels is None or not pixels.layouts:
+            return Example(record, pixels, epoch, index)
+        teacher_tiles = tuple(image.tiles for image in record.visual)
+        return Example(regrid(record, pixels.layouts), pixels, epoch, index, teacher_tiles)
 
 
 def input_layout(processor: Any, image_token_id: int, *, token_types: bool, vocab_size: int) -> InputLayout:

@@ -213,7 +213,12 @@ class Run:
         )
         return Stream(
             RecordSource(level.cache, keep_blocks=2 * config.shuffle_blocks),
-            PixelLoader(level.source, self.plan.processor, keep_bytes=config.pixel_cache_mb << 20),
+            PixelLoader(
+                level.source,
+                self.plan.processor,
+                keep_bytes=config.pixel_cache_mb << 20,
+                own_grid=config.image_grid == "own",
+            ),
             planned.sampler,
             layout,
             planned.wanted,
