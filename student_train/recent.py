@@ -53,7 +53,7 @@ class Recent(Generic[Key, Value]):
         weight = self._weigh(value) if self._weigh else 1.0
         future.set_result(value)
         with self._lock:
-            if key in self._entries:
+            if self._entries.get(key, (None,))[0] is future:  # not put out, nor loaded again, meanwhile
                 self._entries[key] = (future, weight)
                 self._weight += weight
             while self._weight > self._capacity and self._entries:

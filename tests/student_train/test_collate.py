@@ -260,3 +260,11 @@ def test_raw_states_are_their_own_factor():
     hidden = torch.zeros(13, 5)
     hidden[target.rows] = 3 * states
     assert float(relation_distances(hidden, None, [target], "none")) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_label_outside_the_vocabulary_is_refused(examples, layout):
+    record = examples[0].record
+    label = int(record.token_ids[record.response.positions[0] + 1])
+    few = replace(layout, vocab_size=label)
+    with pytest.raises(MismatchError, match=f"sample '{record.sample_id}' holds token id"):
+        collate(examples[:1], few, Wanted({"ce"}))

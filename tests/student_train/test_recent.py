@@ -54,3 +54,20 @@ def test_errors_reach_everyone_and_are_not_kept():
     with pytest.raises(OSError, match="gone"):
         recent.get("key", fail)
     assert recent.get("key", lambda: "back") == "back"
+
+
+def test_an_entry_put_out_while_loading_is_weighed_once():
+    recent: Recent[str, int] = Recent(capacity=3)
+
+    def load_slowly() -> int:
+        for name in "bcd":  # these put the entry that is being loaded out
+            recent.get(name, lambda: 0)
+        return recent.get("a", lambda: 7)
+
+    assert recent.get("a", load_slowly) == 7
+    for name in "efghijk":
+        recent.get(name, lambda: 0)
+    loads = []
+    for name in "ijk":
+        recent.get(name, lambda: loads.append(1))
+    assert not loads, "the bound of three still holds three"
