@@ -8,7 +8,10 @@ Costs about two reads of the logits: one for the largest of every 16 (the K + 1 
 groups with the largest), one for the exponentials. On a CPU a few rows at a time, so that the second
 read finds them in the processor's cache. Nothing is cloned. Runs on whatever device holds the logits.
 
-Axes: N rows, V vocabulary, K kept tokens, H temperatures.
+With random draws, the K largest are exact and the rest is sampled from what its exponentials already
+say; `common.cache.estimate` holds the definition of those modes.
+
+Axes: N rows, V vocabulary, K kept tokens, H temperatures, n random draws.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,36 +38,56 @@ class SparseRows(NamedTuple):
     """[N, H] float32."""
     logsumexp: Tensor
     """[N, H] float32."""
+    counts: Tensor | None = None
+    """[N, K] int32 draws of each id; None without random draws. With them, K = topk + n slots."""
 
 
-def sparse_rows(logits: Tensor, topk: int, *, temperatures: Sequence[float] = (1.0,)) -> SparseRows:
+def sparse_rows(
+    logits: Tensor,
+    topk: int,
+    *,
+    temperatures: Sequence[float] = (1.0,),
+    mass: float | None = None,
+    uniforms: Tensor | None = None,
+) -> SparseRows:
     """Keep the `topk` largest logits of every row and the mass of the rest.
 
     Args:
         logits: [N, V] of any float dtype, possibly a view; not changed.
-        topk: K, at most V.
+        topk: K, at most V; 0 only with random draws.
         temperatures: H positive temperatures, the first of them 1.
+        mass: Keep fewer than K once they hold this share; the slots left over are unused.
+        uniforms: [N, n] float64 in [0, 1): draw n ids from the rest by them, in proportion to probability.
 
     Raises:
         ValueError: `topk` exceeds the vocabulary, or the first temperature is not 1.
     """
-    if not 1 <= topk <= logits.shape[-1]:
+    if not (uniforms is None) <= topk <= logits.shape[-1]:
         raise ValueError(f"topk is {topk}, the vocabulary has {logits.shape[-1]} rows")
     if temperatures[0] != 1.0:
         raise ValueError(f"temperatures start with {temperatures[0]}, wanted 1.0")
     size = max(1, len(logits) if logits.is_cuda else _CACHED_LOGITS // logits.shape[-1])
     starts = range(0, max(1, len(logits)), size)
-    return join_rows(
-        _sparse_rows(logits[start : start + size].float(), topk, temperatures) for start in starts
+    rows = join_rows(
+        _sparse_rows(
+            logits[start : start + size].float(),
+            topk,
+            temperatures,
+            None if uniforms is None else uniforms[start : start + size],
+        )
+        for start in starts
     )
+    return rows if mass is None else _until_mass(rows, mass, temperatures)
 
 
-def _sparse_rows(logits: Tensor, topk: int, temperatures: Sequence[float]) -> SparseRows:
+def _sparse_rows(
+    logits: Tensor, topk: int, temperatures: Sequence[float], uniforms: Tensor | None
+) -> SparseRows:
     best, ids = largest(logits, min(topk + 1, logits.shape[-1]))
     kept, ids, pivot = best[:, :topk], ids[:, :topk], best[:, -1:]
     pivot = torch.where(pivot.isfinite(), pivot, torch.zeros_like(pivot))
     scratch = torch.empty_like(logits)
-    tails, sums = [], []
+    tails, sums, drawn = [], [], None
     for temperature in temperatures:
         # The kept ones may overflow here: they are taken out before the sum.
         torch.sub(logits, pivot, out=scratch)
@@ -75,10 +98,57 @@ def _sparse_rows(logits: Tensor, topk: int, temperatures: Sequence[float]) -> Sp
         total = torch.logaddexp((kept / temperature).logsumexp(-1), tail)
         tails.append(tail - total)
         sums.append(total)
+        if temperature == 1.0 and uniforms is not None:
+            drawn = _draw(scratch, uniforms)
     logsumexp = torch.stack(sums, -1)
+    if drawn is not None:
+        kept, ids, counts = _merge(kept, ids, logits.gather(-1, drawn[0]), *drawn)
     logprobs = kept - logsumexp[:, :1]
     token_ids = ids.masked_fill(kept == float("-inf"), 0).to(torch.int32)
-    return SparseRows(token_ids, logprobs, torch.stack(tails, -1), logsumexp)
+    rows = SparseRows(token_ids, logprobs, torch.stack(tails, -1), logsumexp)
+    return rows if drawn is None else rows._replace(counts=counts)
+
+
+def _draw(mass: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, n] distinct ids drawn in proportion to the [N, V] mass, and how often each was; 0 where unused."""
+    cumulative = mass.double().cumsum(-1)
+    total = cumulative[:, -1:].contiguous()
+    last = torch.searchsorted(cumulative, total)
+    ids = torch.searchsorted(cumulative, uniforms * total, right=True).minimum(last)
+    ids = ids.sort(-1).values
+    fresh = torch.ones_like(ids)
+    fresh[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    slots = fresh.cumsum(-1) - 1
+    counts = torch.zeros_like(ids).scatter_add_(-1, slots, (total > 0).long().expand_as(ids))
+    return torch.zeros_like(ids).scatter_(-1, slots, ids), counts
+
+
+def _merge(
+    kept: Tensor, ids: Tensor, others: Tensor, drawn: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Exact and drawn ids together: logits, ids and counts by falling logit."""
+    logits = torch.cat([kept, others.masked_fill(counts == 0, float("-inf"))], -1)
+    logits, order = logits.sort(dim=-1, descending=True, stable=True)
+    every = torch.cat([torch.zeros_like(ids), counts], -1).gather(-1, order).to(torch.int32)
+    return logits, torch.cat([ids, drawn], -1).gather(-1, order), every
+
+
+def _until_mass(rows: SparseRows, mass: float, temperatures: Sequence[float]) -> SparseRows:
+    """Give back the slots after the one that reaches `mass`; their mass joins the tail."""
+    before = rows.logprobs.double().exp().cumsum(-1).roll(1, -1)
+    before[:, 0] = 0.0
+    dropped = before >= mass
+    nothing = float("-inf")
+    tails = []
+    for column, temperature in enumerate(temperatures):
+        raw = (rows.logprobs + rows.logsumexp[:, :1]) / temperature - rows.logsumexp[:, column, None]
+        joined = raw.masked_fill(~dropped, nothing).logsumexp(-1)
+        tails.append(torch.logaddexp(rows.log_tail[:, column], joined))
+    return rows._replace(
+        token_ids=rows.token_ids.masked_fill(dropped, 0),
+        logprobs=rows.logprobs.masked_fill(dropped, nothing),
+        log_tail=torch.stack(tails, -1),
+    )
 
 
 def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +172,10 @@ def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def join_rows(chunks: Iterable[SparseRows]) -> SparseRows:
     """Rows of several chunks, in order; at least one chunk."""
-    return SparseRows(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    together = list(chunks)
+    table = [torch.cat(parts) for parts in zip(*(each[:4] for each in together), strict=True)]
+    drawn = [each.counts for each in together if each.counts is not None]
+    return SparseRows(*table)._replace(counts=torch.cat(drawn) if drawn else None)
 
 
 def raw_logits(logprobs: NDArray[np.float32], logsumexp: NDArray[np.float32]) -> NDArray[np.float32]:

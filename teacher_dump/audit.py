@@ -53,15 +53,16 @@ class Tally:
         theirs = exact.gather(-1, ids)
         normaliser = torch.from_numpy(kept.logsumexp[:, 0].astype(np.float64))
         raw = (found + normaliser[:, None] - logits.double().gather(-1, ids)).abs()
+        exactly = used if kept.counts is None else used & torch.from_numpy(kept.counts == 0)
         self.rows += len(ids)
         self.logit_error = max(self.logit_error, float(raw[used].max()))
         self.lse_error = max(self.lse_error, float((normaliser - logits.double().logsumexp(-1)).abs().max()))
         best = exact.topk(ids.shape[1], dim=-1).indices
-        best = best.masked_fill(~used, -1)  # as many as the row kept
-        shared = ((ids[:, :, None] == best[:, None, :]) & used[:, :, None]).any(-1).sum(-1)
-        self.agreement += (shared / used.sum(-1)).tolist()
+        best = best.masked_fill(~exactly, -1)  # as many as the row kept
+        shared = ((ids[:, :, None] == best[:, None, :]) & exactly[:, :, None]).any(-1).sum(-1)
+        self.agreement += (shared / exactly.sum(-1))[exactly.any(-1)].tolist()
         tail = torch.from_numpy(kept.log_tail[:, 0].astype(np.float64))
-        self.divergence += _divergence(theirs, found, used, tail).tolist()
+        self.divergence += _divergence(theirs, found, exactly, tail).tolist()
 
     def summary(self) -> dict[str, float]:
         """Worst and mean differences."""
@@ -69,7 +70,7 @@ class Tally:
             "rows": self.rows,
             "max_logit_error": self.logit_error,
             "max_logsumexp_error": self.lse_error,
-            "topk_agreement": float(np.mean(self.agreement)),
+            "topk_agreement": float(np.mean(self.agreement or [1.0])),
             "kl_mean_nats": float(np.mean(self.divergence)),
             "kl_max_nats": float(np.max(self.divergence)),
         }

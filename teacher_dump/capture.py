@@ -40,6 +40,7 @@ from teacher_dump.request import (
     CaptureRequest,
     CaptureSettings,
     hash_tokens,
+    uniforms,
 )
 from teacher_dump.seams import Slice, attach, find_head, mend_pipeline, real_rows
 
@@ -49,7 +50,10 @@ Rows = NDArray[np.int64]
 class RowBuffer:
     """Kept rows of one request, filled in whatever order the steps come."""
 
-    def __init__(self, positions: NDArray[np.int32], num_positions: int) -> None:
+    def __init__(
+        self, positions: NDArray[np.int32], num_positions: int, uniforms: NDArray[np.float64]
+    ) -> None:
+        self.uniforms = uniforms
         self.slots = np.full(num_positions, -1, np.int64)
         self.slots[positions] = np.arange(len(positions))
         self.counts = np.zeros(len(positions), np.int64)
@@ -77,19 +81,21 @@ class RowBuffer:
 class Tracked:
     """A request under way in the worker."""
 
-    def __init__(self, request: CaptureRequest, token_ids: NDArray[np.int32], *, states: bool) -> None:
+    def __init__(
+        self, request: CaptureRequest, token_ids: NDArray[np.int32], settings: CaptureSettings
+    ) -> None:
         self.request, self.token_ids = request, token_ids
         self.problem: tuple[str, str] | None = None
         length = len(token_ids)
         self.seen = np.zeros(length, bool)
-        self.response = RowBuffer(request.response_rows, length)
-        self.visual = RowBuffer(
-            _concatenate(rows for rows in request.visual_rows if rows is not None), length
-        )
+        named = zip(request.images, request.visual_rows, strict=True)
+        asked = [(f"{each.identifier} {each.start}", rows) for each, rows in named if rows is not None]
+        self.response = _buffer([(request.key, request.response_rows)], length, settings)
+        self.visual = _buffer(asked, length, settings)
         self.state_positions = _concatenate(
             np.arange(image.start, image.stop, dtype=np.int32)
             for image, rows in zip(request.images, request.visual_rows, strict=True)
-            if states and rows is not None
+            if settings.store != "none" and rows is not None
         )
         self.state_slots = np.full(length, -1, np.int64)
         self.state_slots[self.state_positions] = np.arange(len(self.state_positions))
@@ -171,7 +177,7 @@ class Capture:
         token_ids = np.asarray(new.prompt_token_ids, np.int32)
         problem = _mismatch(request, token_ids, new.mm_features)
         if problem is None:
-            self.tracked[new.req_id] = Tracked(request, token_ids, states=self.settings.store != "none")
+            self.tracked[new.req_id] = Tracked(request, token_ids, self.settings)
         elif self.writer:
             self.finished.append(Captured(request.key, reason=problem[0], problem=problem[1]))
 
@@ -220,21 +226,32 @@ class Capture:
         rows = np.concatenate([rows[mask] for _, _, rows, mask in wanted])
         if not len(rows):
             return
+        draws = np.concatenate([each.uniforms[each.slots[p[mask]]] for each, p, _, mask in wanted])
         chunks: list[SparseRows] = []
         for start in range(0, len(rows), self.settings.chunk_rows):
             chunk = _to(rows[start : start + self.settings.chunk_rows], hidden.device)
             logits = self.model.compute_logits(hidden.index_select(0, chunk))  # collective: every rank joins
             if self.writer:
                 real = logits[:, : self.settings.vocab_size]
-                chunks.append(sparse_rows(real, topk, temperatures=self.settings.temperatures))
+                chunks.append(self._sparse(real, topk, draws[start : start + self.settings.chunk_rows]))
         if not self.writer:
             return
-        arrays = [each.cpu().numpy() for each in join_rows(chunks)]
+        arrays = [each.cpu().numpy() for each in join_rows(chunks) if each is not None]
         at = 0
         for buffer, positions, _, mask in wanted:
             count = int(mask.sum())
             buffer.put(positions[mask], tuple(array[at : at + count] for array in arrays))
             at += count
+
+    def _sparse(self, logits: Tensor, topk: int, draws: NDArray[np.float64]) -> SparseRows:
+        settings = self.settings
+        return sparse_rows(
+            logits,
+            topk,
+            temperatures=settings.temperatures,
+            mass=settings.topk_mass,
+            uniforms=torch.from_numpy(draws).to(logits.device) if settings.draws else None,
+        )
 
     def _finish(self, tracked: Tracked) -> Captured:
         request = tracked.request
@@ -303,6 +320,13 @@ def _new_positions(tracked: Tracked, piece: Slice) -> tuple[Rows, Rows]:
 
 def _rows(buffer: RowBuffer, part: slice) -> CapturedRows | None:
     return None if buffer.arrays is None else CapturedRows(*(array[part] for array in buffer.arrays))
+
+
+def _buffer(asked: list[tuple[str, NDArray[np.int32]]], length: int, settings: CaptureSettings) -> RowBuffer:
+    """A buffer for named runs of rows; draws depend on the name, not on what is asked with it."""
+    numbers = [uniforms(settings.seed, name, (len(rows), settings.draws)) for name, rows in asked]
+    empty = np.empty((0, settings.draws))
+    return RowBuffer(_concatenate(rows for _, rows in asked), length, np.concatenate([empty, *numbers]))
 
 
 def _concatenate(rows: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:

@@ -22,6 +22,12 @@ class DumpConfig(Frozen):
     """Tokens kept per response position."""
     visual_topk: int | None = Field(None, ge=1)
     """Tokens kept per image position; as many as --topk by default."""
+    topk_mass: float | None = Field(None, gt=0, le=1)
+    """Keep fewer ids once they hold this share of the probability."""
+    sampling: Literal["topk", "random", "topk+random"] = "topk"
+    """Keep the likeliest ids, ids drawn at random, or the likeliest and draws from the rest (unbiased)."""
+    sampling_draws: int = Field(0, ge=0)
+    """Random draws a position in the random modes; 50 by default."""
     positions: Literal["response+visual", "response", "visual"] = "response+visual"
     """Rows kept."""
     visual_fraction: float = Field(1.0, gt=0, le=1)
@@ -115,6 +121,19 @@ class DumpConfig(Frozen):
         if asked and not self.teacher_answers:
             raise ValueError("--response-temperature and --response-samples need --responses teacher")
         return self
+
+    @model_validator(mode="after")
+    def _check_sampling(self) -> "DumpConfig":
+        if self.sampling == "topk" and self.sampling_draws:
+            raise ValueError("--sampling-draws needs --sampling random or topk+random")
+        if self.sampling != "topk" and self.topk_mass is not None:
+            raise ValueError("--topk-mass goes with --sampling topk only")
+        return self
+
+    @property
+    def draws(self) -> int:
+        """Random draws a position; 0 in the mode topk."""
+        return 0 if self.sampling == "topk" else self.sampling_draws or 50
 
     @property
     def teacher_answers(self) -> bool:

@@ -84,6 +84,9 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
         capture=Capture(
             topk=config.topk,
             visual_topk=config.visual_topk or config.topk,
+            topk_mass=config.topk_mass,
+            sampling=config.sampling,
+            sampling_draws=config.draws,
             temperatures=(1.0, *config.temperature),
             positions=config.positions,
             visual_fraction=config.visual_fraction,
@@ -136,8 +139,11 @@ def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> E
         any_version=config.any_vllm,
         arguments=arguments,
         capture=CaptureSettings(
-            topk=capture.topk,
-            visual_topk=capture.visual_topk,
+            topk=0 if capture.sampling == "random" else capture.topk,
+            visual_topk=0 if capture.sampling == "random" else capture.visual_topk,
+            topk_mass=capture.topk_mass,
+            draws=capture.sampling_draws,
+            seed=capture.seed,
             vocab_size=teacher.vocab_size,
             temperatures=capture.temperatures,
             store=config.relation_store if visual else "none",

@@ -182,7 +182,7 @@ def _seen(image: ImageSpan) -> VisualRecord:
 
 def to_topk(rows: CapturedRows, positions: NDArray[np.int32]) -> TopK:
     """Captured rows at their positions."""
-    return TopK(positions, rows.token_ids, rows.logprobs, rows.log_tail, rows.logsumexp)
+    return TopK(positions, rows.token_ids, rows.logprobs, rows.log_tail, rows.logsumexp, rows.counts)
 
 
 def quarantine(item: Prepared, captured: Captured) -> Quarantined:

@@ -31,13 +31,19 @@ class CaptureSettings:
     """What every request has in common."""
 
     topk: int
-    """K at response rows."""
+    """Exact ids at response rows; 0 where all are drawn at random."""
     visual_topk: int
-    """K at image rows."""
+    """Exact ids at image rows; 0 where all are drawn at random."""
     vocab_size: int
     """Real tokens: rows of the head at and above it are padding and take no part in anything."""
     temperatures: tuple[float, ...] = (1.0,)
     """H temperatures, the first of them 1."""
+    topk_mass: float | None = None
+    """Share after which no further id is kept."""
+    draws: int = 0
+    """Ids drawn at random from the rest."""
+    seed: int = 0
+    """Of the draws; each response and each image has a stream of its own."""
     store: Literal["factor", "hidden", "both", "none"] = "factor"
     """What is kept of an image besides its rows."""
     of: Literal["logits", "hidden"] = "logits"
@@ -119,6 +125,8 @@ class CapturedRows:
     """[N, H]."""
     logsumexp: NDArray[np.float32]
     """[N, H]."""
+    counts: NDArray[np.int32] | None = None
+    """[N, K], where ids were drawn at random."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +198,12 @@ class Captured:
         return cls(wire["key"], wire["problem"], wire["reason"], _take_rows(arrays, "response"), images)
 
 
+def uniforms(seed: int, name: str, shape: tuple[int, int]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) that depend on the seed, the name and their place alone."""
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=[seed, key])).random(shape)
+
+
 def hash_tokens(token_ids: NDArray[np.int32]) -> str:
     """Hex digest of a token sequence."""
     return hashlib.sha256(np.ascontiguousarray(token_ids, dtype="<i4").tobytes()).hexdigest()
@@ -202,14 +216,15 @@ def pixel_identity(pixels: "Image") -> str:
     return digest.hexdigest()
 
 
-_ROW_FIELDS = ("token_ids", "logprobs", "log_tail", "logsumexp")
+_ROW_FIELDS = ("token_ids", "logprobs", "log_tail", "logsumexp", "counts")
 
 
 def _put_rows(arrays: dict[str, Array], prefix: str, rows: CapturedRows) -> None:
-    arrays.update({f"{prefix}/{name}": getattr(rows, name) for name in _ROW_FIELDS})
+    found = {f"{prefix}/{name}": getattr(rows, name) for name in _ROW_FIELDS}
+    arrays.update({name: values for name, values in found.items() if values is not None})
 
 
 def _take_rows(arrays: dict[str, Array], prefix: str) -> CapturedRows | None:
     if f"{prefix}/token_ids" not in arrays:
         return None
-    return CapturedRows(*(arrays[f"{prefix}/{name}"] for name in _ROW_FIELDS))
+    return CapturedRows(*(arrays[f"{prefix}/{name}"] for name in _ROW_FIELDS if f"{prefix}/{name}" in arrays))

@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.cache.estimate import Sampling, draw_rows, weights
+from common.record import TopK
 from common.topk import dense_logprobs, join_rows, kept_mass, largest, raw_logits, sparse_rows
 
 TEMPERATURES = (1.0, 2.0, 0.5)
@@ -99,8 +101,63 @@ def test_padding_outside_a_view_takes_no_part():
     padded = logits_of(6, 4000)
     padded[:, 3900:] = 1e4
     found, wanted = (sparse_rows(each, 8) for each in (padded[:, :3900], padded[:, :3900].clone()))
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(found[:4], wanted[:4], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("vocab", [40, 3000])
+@pytest.mark.parametrize("head", [0, 5])
+def test_draws_estimate_without_bias_and_equal_the_definition(head: int, vocab: int):
+    """Weights of `common.cache.estimate` on many draws give p back; slots lie as in `draw_rows`."""
+    logits, draws = logits_of(1, vocab), 20_000
+    uniform = torch.rand(1, draws, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = sparse_rows(logits, head, temperatures=TEMPERATURES, uniforms=uniform)
+    assert found.counts is not None
+    wanted = draw_rows(logits.double().numpy(), head=head, draws=draws, seed=0)
+    used = np.isfinite(found.logprobs[0].numpy())
+    ids = found.token_ids[0].numpy()
+    assert len(set(ids[used])) == used.sum()
+    assert int(found.counts.sum()) == draws
+    assert (found.logprobs[0].diff()[: used.sum() - 1] <= 0).all()
+    np.testing.assert_allclose(found.log_tail[:, 0], wanted.log_tail[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found.logsumexp[:, 0], wanted.logsumexp[:, 0], atol=1e-5)
+    exact = ids[:head][found.counts[0, :head].numpy() == 0]
+    assert exact.tolist() == wanted.token_ids[0, :head].tolist()
+    kept = TopK(np.zeros(1, np.int32), *(each.numpy() for each in found[:4]), counts=found.counts.numpy())
+    mode: Sampling = "topk+random" if head else "random"
+    estimate = np.zeros(vocab)
+    np.add.at(estimate, ids[used], weights(kept, mode)[0][used])
+    truth = logits.double().softmax(-1)[0].numpy()
+    assert abs(estimate - truth).max() < 5 * np.sqrt(truth.max() / draws)
+    assert estimate.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_draws_do_not_depend_on_chunks():
+    logits = logits_of(64, 9000)
+    uniform = torch.rand(64, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = sparse_rows(logits, 4, uniforms=uniform)
+    parts = join_rows(
+        sparse_rows(each, 4, uniforms=some)
+        for each, some in zip(logits.split(7), uniform.split(7), strict=True)
+    )
+    for found, expected in zip(parts, whole, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.9, 1.0])
+def test_slots_after_the_wanted_mass_join_the_tail(mass: float):
+    logits = logits_of(50, 400)
+    whole = sparse_rows(logits, 64, temperatures=TEMPERATURES)
+    found = sparse_rows(logits, 64, temperatures=TEMPERATURES, mass=mass)
+    used = found.logprobs.isfinite()
+    assert torch.equal(found.logprobs[used], whole.logprobs[used])
+    assert bool((found.token_ids[~used] == 0).all())
+    held = whole.logprobs.double().exp().cumsum(-1)
+    assert torch.equal(used.sum(-1), ((held < mass).sum(-1) + 1).clamp_max(64))
+    for column, temperature in enumerate(TEMPERATURES):
+        raw = (whole.logprobs + whole.logsumexp[:, :1]) / temperature - whole.logsumexp[:, column, None]
+        kept = (raw.double().exp() * used).sum(-1) + found.log_tail[:, column].double().exp()
+        np.testing.assert_allclose(kept, 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 64])
@@ -108,7 +165,7 @@ def test_chunks_change_nothing(chunk: int):
     logits = logits_of(64, 500)
     whole = sparse_rows(logits, 16, temperatures=TEMPERATURES)
     parts = join_rows(sparse_rows(each, 16, temperatures=TEMPERATURES) for each in logits.split(chunk))
-    for found, expected in zip(parts, whole, strict=True):
+    for found, expected in zip(parts[:4], whole[:4], strict=True):
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
@@ -129,7 +186,7 @@ def test_a_spread_tail_still_sums_to_one():
 
 def test_low_precision_logits_are_widened_first():
     logits = logits_of(4, 100).bfloat16()
-    for found, expected in zip(sparse_rows(logits, 8), sparse_rows(logits.float(), 8), strict=True):
+    for found, expected in zip(sparse_rows(logits, 8)[:4], sparse_rows(logits.float(), 8)[:4], strict=True):
         torch.testing.assert_close(found, expected)
 
 

@@ -54,3 +54,15 @@ def asked(models: Path) -> dict[str, Any]:
     images = root / "photos" / "images" / "train"
     outs = [root / name / "l1" for name in ("once", "twice")]
     return {"runs": [said(lambda out=out: main(command(images, out, *flags))) for out in outs]}
+
+
+def sampled(models: Path, mode: str) -> dict[str, Any]:
+    """Ids drawn at random, alone or beside the likeliest, or as many of those as hold most of the mass."""
+    root = root_of(models)
+    file = write_shapes(root / "sampled", num_images=3, seed=5, questions_per_image=3)
+    flags = {
+        "random": ["--sampling", "random", "--sampling-draws", "40"],
+        "mixed": ["--sampling", "topk+random", "--sampling-draws", "20"],
+        "mass": ["--topk-mass", "0.9"],
+    }[mode]
+    return {"run": said(lambda: main(command(file, root / mode, *flags)))}

@@ -29,12 +29,13 @@ from tests.teacher_dump.answer_job import MAX_NEW_TOKENS, QUESTIONS, root_of, wr
 from tests.teacher_dump.forked import run_cases
 from tests.teacher_dump.test_dump import assert_same
 
+CASES = ["answered", "asked", "sampled:random", "sampled:mixed", "sampled:mass"]
 TEACHER = resolve_model("tiny").path_or_id
 
 
 @pytest.fixture(scope="module")
 def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    return run_cases("answer_job", tiny_dir, tmp_path_factory.mktemp("answers"), ["answered", "asked"])
+    return run_cases("answer_job", tiny_dir, tmp_path_factory.mktemp("answers"), CASES)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,30 @@ def test_an_audit_finds_the_cache_to_be_its_teacher_s(
         assert found[kind]["topk_agreement"] > 0.99
         assert 0 <= found[kind]["kl_mean_nats"] <= found[kind]["kl_max_nats"] < 1e-3
     assert found["max_factor_error"] < 3e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["random", "mixed", "mass"])
+def test_sampled_ids_are_kept_and_pass_the_audit(
+    mode: str, answers: Callable[[str], Any], root: Path, capsys: pytest.CaptureFixture[str]
+):
+    status, heard = answers(f"sampled:{mode}")["run"]
+    assert status == 0, heard
+    assert verify(str(root / mode)).ok
+    with CacheReader(str(root / mode)) as cache:
+        rows = [cache.read_record(name).response for name in cache.sample_ids]
+    for kept in rows:
+        used = np.isfinite(kept.logprobs)
+        if mode == "mass":
+            assert kept.counts is None
+            held = np.exp(kept.logprobs.astype(np.float64)).sum(-1)
+            assert ((held > 0.85) | (used.sum(-1) == 16)).all()
+            continue
+        assert kept.counts is not None
+        assert (kept.counts.sum(-1) == {"random": 40, "mixed": 20}[mode]).all()
+        assert ((kept.counts == 0) & used).sum(-1).max() == {"random": 0, "mixed": 16}[mode]
+    assert main(["verify", str(root / mode), "--sample", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["response"]["max_logit_error"] <= 1 / 64 + 1e-3
 
 
 @pytest.mark.slow
