@@ -60,7 +60,7 @@ def test_an_entry_put_out_while_loading_is_weighed_once():
     recent: Recent[str, int] = Recent(capacity=3)
 
     def load_slowly() -> int:
-        for name in "bcd":  # these put the entry that is being loaded out
+        for name in "bcde":  # these put the entry that is being loaded out
             recent.get(name, lambda: 0)
         return recent.get("a", lambda: 7)
 
