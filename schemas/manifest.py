@@ -61,6 +61,8 @@ class SampleSet(Frozen):
     """Over ids, turns and image references of all samples, in order."""
     num_samples: int = Field(ge=0)
     """Samples planned, quarantined ones included."""
+    shuffle_seed: int | None = None
+    """Seed of the order they were planned in; None for the data's own."""
 
 
 class DataSource(Frozen):
