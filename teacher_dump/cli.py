@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["verify"]:
             return _verify(arguments[1:])
         config = load_settings(DumpConfig, arguments, prog="teacher-dump", epilog=_EPILOG)
+        if config.status:
+            return _status(config)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from teacher_dump.dump import dump
@@ -41,6 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("stopped; sealed parts are kept, nothing is half written; give the same command again to go on")
         return EXIT_INTERRUPTED
     print(json.dumps(result) if config.json_ else _sentence(result))
+    return 0
+
+
+def _status(config: DumpConfig) -> int:
+    from teacher_dump.status import status
+
+    found = status("zarr/l1" if config.out == "auto" else config.out)
+    if config.json_:
+        print(json.dumps(found))
+    else:
+        print(
+            f"{found['cache']} ({found['teacher']}): {found['sealed_parts']} of {found['parts']} parts, "
+            f"{found['samples_done']:,} of {found['samples']:,} samples, {found['quarantined']} quarantined, "
+            f"{found['rows']:,} rows, {found['size_bytes'] / 1e6:,.1f} MB"
+        )
     return 0
 
 

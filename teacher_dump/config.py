@@ -51,6 +51,8 @@ class DumpConfig(Frozen):
     are quarantined. A 1920 × 1080 image alone takes 7,269 positions of LLaVA-OneVision."""
     limit: int | None = Field(None, ge=1)
     """Dump only the first so many samples."""
+    shuffle_seed: int | None = Field(None, ge=0)
+    """Dump samples in a random order: with --limit a random share, and a stopped dump is one, too."""
     part_samples: int | None = Field(None, ge=1)
     """Samples a part, the unit of resuming; chosen from the size of the data by default."""
     relation_store: Literal["factor", "hidden", "both", "none"] = "factor"
@@ -97,6 +99,8 @@ class DumpConfig(Frozen):
     """Threads that read images and tokenise ahead of the engine."""
     seed: int = 0
     """Seed of every random choice."""
+    status: bool = False
+    """Say how far the dump at --out is, running or stopped, and stop."""
     dry_run: bool = False
     """Print the plan with an estimate of size and time, and stop."""
     json_: bool = Field(False, alias="json")

@@ -66,8 +66,13 @@ def longest(config: DumpConfig, teacher: Teacher) -> int:
 
 def plan_dump(config: DumpConfig, source: SampleSource) -> Plan:
     """The parts of this level."""
-    keys = np.asarray(source.image_keys())[: config.limit]
-    return make_plan(keys, part_samples=config.part_samples, store=config.relation_store)
+    return make_plan(
+        np.asarray(source.image_keys()),
+        part_samples=config.part_samples,
+        store=config.relation_store,
+        limit=config.limit,
+        shuffle_seed=config.shuffle_seed,
+    )
 
 
 def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, plan: Plan) -> Manifest:
@@ -79,7 +84,11 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
         vocab_rows=teacher.vocab_rows,
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,
-        samples=SampleSet(fingerprint=source.fingerprint(), num_samples=len(plan.order)),
+        samples=SampleSet(
+            fingerprint=source.fingerprint(),
+            num_samples=len(plan.order),
+            shuffle_seed=config.shuffle_seed,
+        ),
         data_source=DataSource(path=source.path, image_root=source.image_root),
         capture=Capture(
             topk=config.topk,

@@ -53,15 +53,29 @@ class Plan:
         return [self.part(index) for index in range(self.num_parts) if index not in sealed]
 
 
-def make_plan(image_keys: NDArray[np.int64], *, part_samples: int | None, store: str) -> Plan:
+def make_plan(
+    image_keys: NDArray[np.int64],
+    *,
+    part_samples: int | None,
+    store: str,
+    limit: int | None = None,
+    shuffle_seed: int | None = None,
+) -> Plan:
     """Order samples by image and cut them into parts.
 
     Args:
         image_keys: [S] equal for samples of one image, 0 for samples without one.
         part_samples: Samples a part; None chooses from S and from how much `store` keeps.
         store: `Relation.store`.
+        limit: Plan only the first so many samples.
+        shuffle_seed: Seed of a random order to take them in; None for the data's own.
     """
-    return Plan(group_by_image(image_keys), part_samples or choose_part_samples(len(image_keys), store))
+    order = np.arange(len(image_keys))
+    if shuffle_seed is not None:
+        order = np.random.Generator(np.random.Philox(key=shuffle_seed)).permutation(order)
+    order = order[:limit]
+    order = order[group_by_image(image_keys[order])]
+    return Plan(order, part_samples or choose_part_samples(len(order), store))
 
 
 def group_by_image(image_keys: NDArray[np.int64]) -> NDArray[np.int64]:

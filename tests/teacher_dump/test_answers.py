@@ -210,6 +210,22 @@ def test_a_student_trains_on_asked_images(answers: Callable[[str], Any], root: P
     assert lines
 
 
+@pytest.mark.slow
+def test_status_counts_what_is_sealed(
+    answers: Callable[[str], Any], root: Path, capsys: pytest.CaptureFixture[str]
+):
+    answers("asked")
+    assert main(["--status", "--out", str(root / "once" / "l1"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["sealed_parts"], found["parts"], found["complete"]) == (3, 3, True)
+    assert (found["samples_done"], found["samples"], found["quarantined"]) == (24, 24, 0)
+    size = sum(file.stat().st_size for file in (root / "once" / "l1" / "parts").rglob("*") if file.is_file())
+    assert found["size_bytes"] == size - (root / "once" / "l1" / "parts" / "zarr.json").stat().st_size
+    assert main(["--status", "--out", str(root / "once" / "l1")]) == 0
+    assert "3 of 3 parts, 24 of 24 samples" in capsys.readouterr().out
+    assert main(["--status", "--out", str(root / "nowhere")]) == 2
+
+
 def test_questions_are_drawn_by_seed_and_image_alone():
     images = [ImageRef(path=f"{name}.png") for name in "abcdabc"]
     questions = list(map(str, range(50)))

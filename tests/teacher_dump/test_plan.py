@@ -35,6 +35,30 @@ def test_parts_cover_the_plan_once(keys: np.ndarray, part_samples: int):
     assert all(len(part.samples) == part_samples for part in parts[:-1])
 
 
+@given(KEYS, st.integers(0, 99), st.integers(1, 60))
+def test_a_shuffled_plan_takes_a_random_share_and_keeps_images_together(
+    keys: np.ndarray, seed: int, limit: int
+):
+    plan, again = (
+        make_plan(keys, part_samples=4, store="factor", limit=limit, shuffle_seed=seed) for _ in range(2)
+    )
+    assert plan.order.tolist() == again.order.tolist()
+    assert len(set(plan.order.tolist())) == min(limit, len(keys))
+    shown = keys[plan.order]
+    for key in set(shown.tolist()) - {0}:
+        places = np.flatnonzero(shown == key)
+        assert places[-1] - places[0] == len(places) - 1
+
+
+def test_another_seed_is_another_order():
+    keys = np.zeros(100, np.int64)
+    orders = [
+        make_plan(keys, part_samples=9, store="none", shuffle_seed=seed).order.tolist() for seed in (1, 2)
+    ]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(100))
+
+
 def test_sealed_parts_are_not_done_again():
     plan = make_plan(np.zeros(10, np.int64), part_samples=3, store="factor")
     assert [part.index for part in plan.todo(frozenset({0, 2}))] == [1, 3]
