@@ -30,12 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _evaluate(arguments[1:])
         return _train(arguments)
     except CascacheError as error:
-        print(f"student-train: {error}", file=sys.stderr)
+        print(f"student-train: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "student-train: interrupted; the same command goes on from the last checkpoint", file=sys.stderr
-        )
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "the last checkpoint stands"
+        print(f"student-train: interrupted, {said}; the same command goes on from there", file=sys.stderr)
         return 130
 
 
@@ -45,7 +44,7 @@ def _train(arguments: list[str]) -> int:
 
     plan = make_plan(config)
     if config.dry_run:
-        print(plan.describe())
+        print(json.dumps(plan.to_json(), indent=2) if config.json_summary else plan.describe())
         return 0
     if os.environ.get("RANK", "0") == "0":
         for line in (plan.choices(), *(f"note: {note}" for note in plan.notes)):

@@ -122,6 +122,24 @@ class Plan:
             f"data {data}, {len(self.stages)} stages, {self.total_steps} steps, out {self.out}"
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what `describe` says, for machines."""
+        return {
+            "student": self.student.name,
+            "caches": [level.path for level in self.levels],
+            "teachers": [level.manifest.teacher.model for level in self.levels],
+            "data": [level.source.path for level in self.levels],
+            "out": str(self.out),
+            "stages": [
+                {"name": each.name, "steps": each.num_steps, "samples": each.sampler.num_samples}
+                | each.stage.model_dump(mode="json", exclude={"name", "steps"})
+                for each in self.stages
+            ],
+            "total_steps": self.total_steps,
+            "fits": True,
+            "notes": list(self.notes),
+        }
+
     def describe(self) -> str:
         """Return a table of levels and stages, and the answer to whether the student fits."""
         lines = [self.choices(), ""]

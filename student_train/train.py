@@ -32,6 +32,7 @@ from student_train.checkpoint import (
 )
 from student_train.config import TrainConfig
 from student_train.evaluate import evaluate, write_results
+from student_train.interrupt import Interrupt
 from student_train.keep import BestKeeper, WeightAverage, save_copy
 from student_train.launch import make_accelerator
 from student_train.losses.terms import RelationTerm
@@ -143,6 +144,7 @@ class Run:
             done=self.cursor.total_steps,
             shown=self._is_main,
         )
+        self._interrupt = Interrupt(enabled=self.accelerator.num_processes == 1).__enter__()
         wanted = self.plan.config.profile and self._is_main
         self._profiler = Profiler(self.directory.path / "profile.json" if wanted else None)
         self._began = self._step_began = time.perf_counter()
@@ -152,6 +154,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close trackers and progress bar."""
+        self._interrupt.__exit__(kind, error, trace)
         self._profiler.close()
         self._bar.close()
         self.accelerator.end_training()
@@ -273,8 +276,10 @@ class Run:
         self._bar.update()
         self._bar.set_postfix(loss=f"{report.loss:.3f}", refresh=False)
         self._profiler.step()
-        if ends_stage or self.stopped() or total % config.save_steps == 0:
+        if ends_stage or self.stopped() or self._interrupt.asked or total % config.save_steps == 0:
             self._save_checkpoint(trainer, ends_stage=ends_stage)
+        if self._interrupt.asked:
+            raise KeyboardInterrupt(f"step {total} of {self.plan.total_steps} is saved")
         self._step_began = time.perf_counter()
 
     def _look(self, total: int) -> dict[str, float]:

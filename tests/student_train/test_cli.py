@@ -84,3 +84,10 @@ def test_settings_come_from_the_file_in_the_working_directory(config, capsys, tm
     monkeypatch.chdir(tmp_path)
     assert main(["--dry-run"]) == 0
     assert config.cache[0] in capsys.readouterr().out
+
+
+def test_a_dry_run_as_json_is_json(config, capsys):
+    assert main(["--cache", config.cache[0], "--recipe", config.recipe, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["total_steps"] == sum(stage["steps"] for stage in plan["stages"])

@@ -1,4 +1,5 @@
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from safetensors.torch import load_file
 
 from common.errors import TrainingError
 from student_train.model import Student, load_student
+from student_train.step import StageTrainer
 from student_train.train import Run, train
 from tests.student_train.conftest import STUDENT
 
@@ -246,3 +248,24 @@ def test_a_cascade_carries_the_student_over(config, cache, tmp_path):
     )
     two = config.model_copy(update={"cache": (str(cache), str(cache)), "recipe": str(recipe)})
     assert list(train(two)["stages"]) == ["l1/dpt", "l2/dft"]
+
+
+def test_a_run_finishes_its_step_saves_it_and_goes_on(config, whole, monkeypatch):
+    taken = []
+    step = StageTrainer.step
+
+    def step_and_interrupt(self, inputs):
+        report = step(self, inputs)
+        taken.append(inputs.step)
+        if len(taken) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "step", step_and_interrupt)
+        with pytest.raises(KeyboardInterrupt, match="step 5 of 12 is saved"):
+            train(config)
+    assert len(taken) == 5
+    finished = train(config)
+    assert finished["steps"] == 12
+    assert same(weights(finished["out"]), weights(whole["out"]))
