@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.cache.bounds import find_fault
 from common.cache.codec import IdCoding
 from common.cache.shard import AGAIN
 from common.cache.states import decode_factor, decode_hidden
@@ -102,7 +103,26 @@ class Block:
         uses = columns.get("sample_images", np.empty(0, np.int32))
         if len(uses) and not 0 <= uses.min() <= uses.max() < max(len(rank), 1):
             raise PartCorrupt(f"{self.where}: a sample names an image that the block lacks; {AGAIN}")
+        self._check_shapes()
+        fault = find_fault(columns, self._manifest.vocab_rows)
+        if fault is not None:
+            raise PartCorrupt(f"{self.where}: {fault.owner} {fault.number} {fault.text}; {AGAIN}")
         return offsets
+
+    def _check_shapes(self) -> None:
+        """Refuse tables of other widths than their entries say, and scales that are no numbers."""
+        columns, images = self._columns, self.images
+        ranks = {name: len(columns.get(name, ())) for name in ("image_factor", "image_hidden")}
+        good = len(columns["sample_spans"]) == 3 if "sample_spans" in columns else True
+        good &= len(columns["image_tiles"]) == 4 if "image_tiles" in columns else True
+        good &= int(images["rank"].max(initial=0)) <= ranks["image_factor"]
+        good &= int(images["hidden_width"].max(initial=0)) <= ranks["image_hidden"]
+        steps = "image_hidden" in columns and columns["image_hidden"].dtype == np.int16
+        good &= steps == ("image_hidden_scale" in columns)
+        for name in ("image_factor_scale", "image_hidden_scale", "image_errors"):
+            good &= name not in columns or bool(np.isfinite(columns[name]).all())
+        if not good:
+            raise PartCorrupt(f"{self.where}: its tables contradict each other; {AGAIN}")
 
     def _rows(self, table: str, counts: NDArray[np.int32]) -> Rows | None:
         owners = np.maximum(counts, 0)

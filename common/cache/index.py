@@ -43,6 +43,7 @@ INDEX_FILES: Final = frozenset(
 ) | {layout.METADATA}
 """Every file of an index, relative to its directory."""
 
+_CURE: Final = "run `cascache finalize` to write it again"
 _POINTER: Final = f"{layout.INDEX}/{layout.METADATA}"
 
 
@@ -160,11 +161,23 @@ def _write_arrays(working: Path, index: Index, identity: str) -> dict[str, objec
 def _pointer(store: Store) -> dict[str, Any] | None:
     """Attributes of the index there is; an empty one for a damaged file, which has to go too."""
     try:
+        return _read_pointer(store)
+    except CacheError:
+        return {}
+
+
+def _read_pointer(store: Store) -> dict[str, Any] | None:
+    """Attributes of the index, or None when there is none.
+
+    Raises:
+        CacheError: They are damaged.
+    """
+    try:
         return layout.read_guarded_json(store.read(_POINTER))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
+    except (OSError, ValueError) as error:
+        raise CacheError(f"{store.name}/{_POINTER} is damaged ({error}); {_CURE}") from error
 
 
 def _says(found: Mapping[str, object], wanted: Mapping[str, object]) -> bool:
@@ -191,7 +204,7 @@ def index_faults(store: Store, attributes: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError("it names other files than an index has")
         sizes = store.walk(base)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return {layout.INDEX: f"is damaged ({error}); run `cascache finalize` to write it again"}
+        return {layout.INDEX: f"is damaged ({error}); {_CURE}"}
     faults = {f"{base}/{name}": "is not part of the index" for name in sizes.keys() - files.keys()}
     for name, seal in files.items():
         fault = file_fault(store, f"{base}/{name}", sizes.get(name), seal, deep=True)
@@ -213,7 +226,7 @@ def read_index(store: Store, manifest: Manifest) -> Index | None:
         CacheError: It is damaged or of another cache.
     """
     for last in (False, True):
-        attributes = _pointer(store)
+        attributes = _read_pointer(store)
         if attributes is None:
             return None
         try:
@@ -225,15 +238,15 @@ def read_index(store: Store, manifest: Manifest) -> Index | None:
 
 
 def _read_described(store: Store, manifest: Manifest, attributes: Mapping[str, Any]) -> Index:
-    where, cure = f"{store.name}/{layout.INDEX}", "run `cascache finalize` to write it again"
-    if attributes and attributes.get("identity_sha256") != layout.identity_sha256(manifest):
-        raise CacheError(f"{where} belongs to another cache; {cure}")
+    where = f"{store.name}/{layout.INDEX}"
+    if attributes.get("identity_sha256") != layout.identity_sha256(manifest):
+        raise CacheError(f"{where} belongs to another cache; {_CURE}")
     try:
         if not is_index_directory(attributes["directory"]):
             raise ValueError("it names no directory of an index")
         return _read_arrays(store, attributes)
     except (PartCorrupt, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CacheError(f"{where} is damaged ({error}); {cure}") from error
+        raise CacheError(f"{where} is damaged ({error}); {_CURE}") from error
 
 
 def _read_arrays(store: Store, attributes: Mapping[str, Any]) -> Index:

@@ -78,11 +78,14 @@ def read_guarded_json(text: bytes) -> dict[str, object]:
     Raises:
         ValueError: It is anything else.
     """
-    attributes = json.loads(text)["attributes"]
-    found = attributes.pop(GUARD, None)
-    if found != _digest(attributes) or guarded_json(attributes) != text:
-        raise ValueError("its own checksum does not fit")
-    return dict(attributes)
+    try:
+        attributes = json.loads(text)["attributes"]
+        found = attributes.pop(GUARD, None)
+        if found != _digest(attributes) or guarded_json(attributes) != text:
+            raise ValueError("its own checksum does not fit")
+        return dict(attributes)
+    except (RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"no such document: {type(error).__name__}") from error
 
 
 def _digest(value: object) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.cache import states
+from common.cache.bounds import find_fault
 from common.cache.codec import IdCoding
 from common.cache.tables import TableRows, choose_ids, encode_table
 from common.errors import DataError
@@ -61,7 +62,7 @@ def pack_part(groups: Sequence[Sequence[Record]], manifest: Manifest) -> PackedP
     codings = {}
     for table, rows in pieces.items():
         merged = [
-            merge_rows(block, f"{table} rows of {g[0].sample_id!r} or after")
+            merge_rows(block, f"{table} rows of {g[0].sample_id!r} or after", manifest.vocab_rows)
             for block, g in zip(rows, groups, strict=True)
         ]
         held = [block for block in merged if block is not None]
@@ -71,6 +72,10 @@ def pack_part(groups: Sequence[Sequence[Record]], manifest: Manifest) -> PackedP
                 blocks, encode_table(merged, codings[table], manifest, errors), strict=True
             ):
                 block |= {f"{table}_{name}": values for name, values in columns.items()}
+    for group, unique, block in zip(groups, images, blocks, strict=True):
+        if (fault := find_fault(block, manifest.vocab_rows)) is not None:
+            who = group[fault.number].sample_id if fault.owner == "sample" else list(unique)[fault.number]
+            raise DataError(f"{fault.owner} {who!r} {fault.text}; it cannot be sealed", reason="position")
     return PackedPart(blocks, codings, errors)
 
 
@@ -83,11 +88,11 @@ def unique_images(records: Sequence[Record]) -> dict[str, VisualRecord]:
     return images
 
 
-def check_topk(rows: TopK, where: str) -> None:
+def check_topk(rows: TopK, where: str, vocab_rows: int) -> None:
     """Refuse rows that are not what `common.record.TopK` promises.
 
     Raises:
-        DataError: NaN, rising log-probs, ids below 0, shapes that disagree.
+        DataError: NaN, rising log-probs, ids outside the vocabulary, shapes that disagree.
     """
     num_rows, _ = rows.token_ids.shape
     shapes = (rows.logprobs.shape, len(rows.positions), len(rows.log_tail), rows.logsumexp.shape)
@@ -102,6 +107,10 @@ def check_topk(rows: TopK, where: str) -> None:
         raise DataError(f"{where}: log-probabilities rise along a row; they must fall", reason="order")
     if (rows.token_ids < 0).any():
         raise DataError(f"{where}: a token id is below 0", reason="ids")
+    if (rows.token_ids[rows.logprobs > -np.inf] >= vocab_rows).any():
+        raise DataError(
+            f"{where}: a kept id is not below {vocab_rows}, the rows of the teacher's head", reason="ids"
+        )
 
 
 def check_finite(values: Array, where: str) -> None:
@@ -204,7 +213,7 @@ def _pack_hidden(images: Sequence[VisualRecord], encoding: str, errors: dict[str
     return columns | ({"image_hidden_scale": np.concatenate(scales)} if scales else {})
 
 
-def merge_rows(pieces: Sequence[TopK | None], where: str) -> TableRows | None:
+def merge_rows(pieces: Sequence[TopK | None], where: str, vocab_rows: int) -> TableRows | None:
     """All rows of a table of a block, widened to the widest K; None when there are none.
 
     Raises:
@@ -212,7 +221,7 @@ def merge_rows(pieces: Sequence[TopK | None], where: str) -> TableRows | None:
     """
     for piece in pieces:
         if piece is not None:
-            check_topk(piece, where)
+            check_topk(piece, where, vocab_rows)
     owners = tuple(0 if piece is None else len(piece.positions) for piece in pieces)
     rows = [piece for piece in pieces if piece is not None and len(piece.positions)]
     if not rows:

@@ -25,6 +25,12 @@ from schemas.arrays import ROW_TABLES, ArraySpec, IdScope, array_table
 Array = NDArray[Any]
 T = TypeVar("T")
 
+MAX_BLOCK_BYTES: Final = 2 << 30
+"""No block takes more memory: what an untrusted cache can make a reader hold at once."""
+
+DECODED_ROW_BYTES: Final = 8
+"""Bytes of a kept id and its log-prob once decoded."""
+
 WRITE_THREADS: Final = 8
 """Arrays encoded and synced side by side: an fsync waits, it does not compute."""
 
@@ -147,6 +153,20 @@ class PartReader:
                 found = f"{array.meta.dtype} [{array.meta.num_blocks}, {array.meta.capacity}]"
                 wanted = f"{self.num_blocks} blocks of {most} {self.info.dtypes[name]}"
                 raise PartCorrupt(f"{array.where}: {found} cannot hold {wanted}; {AGAIN}")
+        self._check_memory(f"{store.name}/{key}")
+
+    def _check_memory(self, where: str) -> None:
+        """Refuse blocks whose arrays together take more memory than any that a writer makes."""
+        total = np.zeros(self.num_blocks, np.int64)
+        for name, array in self.arrays.items():
+            values = np.array(self.info.lengths[name], np.int64) * self.info.ranks.get(name, 1)
+            item = array.meta.dtype.itemsize
+            total += values * (item + (DECODED_ROW_BYTES if name.endswith("_codes") else 0))
+            total += array.meta.capacity * item if array.meta.coding == "blosc" else 0
+        if total.max(initial=0) > MAX_BLOCK_BYTES:
+            raise PartCorrupt(
+                f"{where}: a block would take {total.max()} bytes, more than {MAX_BLOCK_BYTES}; refused"
+            )
 
     def _map(self, work: Callable[[str], T], names: Sequence[str]) -> list[T]:
         """Over a network, requests wait side by side; on a disk, one after the other is faster."""
@@ -227,7 +247,7 @@ def read_part_info(store: Store, key: str) -> PartInfo:
         )
     except FileNotFoundError as error:
         raise PartCorrupt(f"{path} is missing though its part is sealed; dump the part again") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise PartCorrupt(f"{path} is damaged ({error}); dump the part again") from error
     known = array_table()
     bad = [

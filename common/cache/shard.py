@@ -20,7 +20,7 @@ from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
 
 from common.cache.buffers import SHELF
 from common.cache.store import Store
-from common.errors import PartCorrupt
+from common.errors import DataError, PartCorrupt
 from schemas.arrays import Packing
 
 MAX_CHUNK_BYTES: Final = 1 << 30
@@ -28,6 +28,9 @@ MAX_CHUNK_BYTES: Final = 1 << 30
 
 AGAIN: Final = "dump the part again"
 """What to do next about a damaged part."""
+
+MAX_CHUNK_VALUES: Final = 1 << 24
+"""Values that pcodec takes at once: what writers keep a chunk below."""
 
 MAX_CHUNKS: Final = 1 << 20
 """No array has more chunks."""
@@ -77,6 +80,9 @@ def encode_chunk(values: Array, capacity: int, page: int, coding: Coding) -> byt
             padding costs a few bytes and never dilutes the statistics of the rest.
         page: Values that share one entropy table.
         coding: How values become bytes.
+
+    Raises:
+        DataError: The codec refuses them.
     """
     flat = np.zeros(capacity, values.dtype)
     flat[: values.size] = values
@@ -97,7 +103,10 @@ def encode_chunk(values: Array, capacity: int, page: int, coding: Coding) -> byt
             delta_spec=specs[coding.delta](),
             paging_spec=PagingSpec.exact_page_sizes(pages),
         )
-        data = bytes(standalone.simple_compress(flat, config))
+        try:
+            data = bytes(standalone.simple_compress(flat, config))
+        except RuntimeError as error:
+            raise DataError(f"pcodec refuses {flat.size} {flat.dtype} values ({error})") from error
     return data + crc32c(data).to_bytes(_CRC_BYTES, "little")
 
 

@@ -228,7 +228,12 @@ def decode_rows(
     else:
         scalars = columns["scalars"]
         logprobs = _exact_logprobs(columns, scalars)
-    if len({num_rows, len(positions), scalars.shape[1], sum(owners)}) != 1 or logprobs.shape != codes.shape:
+        if np.isnan(scalars).any() or np.isnan(logprobs).any():
+            raise ValueError("NaN")
+    lengths = {num_rows, len(positions), scalars.shape[1], sum(owners), len(columns.get("kept", positions))}
+    num_temperatures = len(manifest.capture.temperatures)
+    fits = len(scalars) == 1 + 2 * num_temperatures and columns.get("counts", codes).shape == codes.shape
+    if len(lengths) != 1 or logprobs.shape != codes.shape or not fits:
         raise ValueError(f"shapes disagree: {codes.shape}, {logprobs.shape}, {len(positions)} positions")
     token_ids = _decode_ids(columns, coding, owners, manifest.vocab_rows)
     if "kept" in columns:
@@ -236,7 +241,6 @@ def decode_rows(
         logprobs[unused] = -np.inf
         token_ids[unused] = 0
     counts = columns["counts"].astype(np.int32) if "counts" in columns else None
-    num_temperatures = (len(scalars) - 1) // 2
     tails = scalars[1 : 1 + num_temperatures]
     return Rows(positions, token_ids, logprobs, tails, scalars[1 + num_temperatures :], counts)
 

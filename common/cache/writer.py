@@ -9,12 +9,13 @@ have a directory of their own; `link` lets one of them create the seal, the othe
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.cache import layout
 from common.cache.hashing import hash_file, hash_files
@@ -24,9 +25,10 @@ from common.cache.part import write_part_files
 from common.cache.places import open_store
 from common.cache.reader import scan_parts
 from common.cache.seals import read_manifest, read_seal, sealed_parts
+from common.cache.shard import MAX_CHUNK_VALUES
 from common.cache.store import Store
 from common.errors import CacheError, DataError, MismatchError, PartMissing
-from common.record import Record
+from common.record import Record, VisualRecord
 from schemas.manifest import Manifest, PartSeal, Quarantined
 
 log = logging.getLogger(__name__)
@@ -205,28 +207,62 @@ def _create(store: Store, manifest: Manifest) -> None:
 def group_blocks(records: Sequence[Record], block_rows: int) -> Iterator[Sequence[Record]]:
     """Cut a part's samples into blocks of about `block_rows` rows, whole samples each.
 
-    A block ends only between two samples that share no image, so that its knowledge is stored once;
-    a block may grow to twice its aim for that.
+    A block ends only between two samples that share no image, so that its knowledge is stored once; a block
+    may grow to twice its aim for that. No array of a block gets more values than a codec takes, whatever
+    is shared.
+
+    Raises:
+        DataError: One sample alone has too many values.
     """
-    start, rows, seen = 0, 0, set[str]()
+    widths = _widths(records)
+    start, rows, seen, held = 0, 0, set[str](), np.zeros(len(widths), np.int64)
     for i, record in enumerate(records):
         fresh = {v.key: v for v in record.visual if v.key not in seen}
-        added = len(record.response.positions) + sum(
-            len(v.topk.positions) for v in fresh.values() if v.topk is not None
-        )
-        shares = any(v.key in seen for v in record.visual)
-        full = rows + added > block_rows * (2 if shares else 1) or i - start >= MAX_BLOCK_SAMPLES
-        if i > start and full:
+        added = _lengths(record, fresh.values())
+        shares = len(fresh) < len({v.key for v in record.visual})
+        full = rows + added[:2].sum() > block_rows * (2 if shares else 1) or i - start >= MAX_BLOCK_SAMPLES
+        if i > start and (full or ((held + added) * widths > MAX_CHUNK_VALUES).any()):
             yield records[start:i]
-            start, rows, seen = i, 0, set()
+            start, rows, seen, held = i, 0, set(), np.zeros(len(widths), np.int64)
             fresh = {v.key: v for v in record.visual}
-            added = len(record.response.positions) + sum(
-                len(v.topk.positions) for v in fresh.values() if v.topk is not None
+            added = _lengths(record, fresh.values())
+        if (added * widths > MAX_CHUNK_VALUES).any():
+            most = int((added * widths).max())
+            raise DataError(
+                f"sample {record.sample_id!r} has {most} values in one array, a block takes "
+                f"{MAX_CHUNK_VALUES}: keep fewer ids, a smaller rank, or no hidden states",
+                reason="too-large",
             )
-        rows += added
+        rows += int(added[:2].sum())
+        held += added
         seen |= fresh.keys()
     if start < len(records):
         yield records[start:]
+
+
+def _lengths(record: Record, images: Iterable[VisualRecord]) -> NDArray[np.int64]:
+    """Columns that a record adds to a block: response rows, visual rows, factor, hidden states, tokens."""
+    added = [len(record.response.positions), 0, 0, 0, len(record.token_ids)]
+    for image in images:
+        added[1] += 0 if image.topk is None else len(image.topk.positions)
+        added[2] += 0 if image.factor is None else len(image.factor)
+        added[3] += 0 if image.hidden is None else len(image.hidden)
+    return np.array(added, np.int64)
+
+
+def _widths(records: Sequence[Record]) -> NDArray[np.int64]:
+    """Values a column of each array takes in this part: ranks are padded to the part's widest."""
+    widest = [1, 1, 1, 1, 1]
+    for record in records:
+        rows = [(0, record.response), *((1, v.topk) for v in record.visual)]
+        sizes = [
+            (t, max(r.token_ids.shape[1], 1 + 2 * r.log_tail.shape[1])) for t, r in rows if r is not None
+        ]
+        sizes += [(2, v.factor.shape[1]) for v in record.visual if v.factor is not None]
+        sizes += [(3, v.hidden.shape[1]) for v in record.visual if v.hidden is not None]
+        for array, width in sizes:
+            widest[array] = max(widest[array], width)
+    return np.array(widest, np.int64)
 
 
 def _fidelity(records: Sequence[Record]) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Random records that keep every promise of `common.record`, in any ragged shape."""
 
+import dataclasses
+
 import numpy as np
 
 from common.record import Record, TopK, VisualRecord
@@ -91,10 +93,23 @@ def make_visual(
     )
 
 
+def place_images(images, position) -> list[VisualRecord]:
+    """Images one after the other from a position on, their rows with them."""
+    placed = []
+    for image in images:
+        moved, topk = position - image.start, image.topk
+        if moved:
+            topk = topk and dataclasses.replace(topk, positions=topk.positions + np.int32(moved))
+            image = dataclasses.replace(image, start=position, topk=topk)
+        placed.append(image)
+        position += image.num_positions
+    return placed
+
+
 def make_record(
     rng, name, images=(), *, response=5, topk=8, vocab=VOCAB, kind="caption", temperatures=(1.0,)
 ) -> Record:
-    spans, position = [Span(kind="prompt", start=0, stop=2)], 2
+    spans, position, images = [Span(kind="prompt", start=0, stop=2)], 2, place_images(images, 2)
     for image in images:
         spans.append(Span(kind="image", start=position, stop=position + image.num_positions))
         position += image.num_positions

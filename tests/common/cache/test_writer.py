@@ -1,5 +1,6 @@
 """Parts are whole or absent, whoever writes them, and one identity owns a cache."""
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -12,12 +13,19 @@ import pytest
 from common.cache import layout
 from common.cache.reader import CacheReader
 from common.cache.seals import read_manifest, read_seal, sealed_parts
+from common.cache.shard import MAX_CHUNK_VALUES, Coding, encode_chunk
 from common.cache.store import LocalStore
 from common.cache.verify import repair, verify
 from common.cache.writer import CacheWriter, group_blocks
 from common.errors import CacheError, DataError, MismatchError, PartMissing
 from schemas.manifest import Quarantined
-from tests.common.cache.records import assert_same_record, make_manifest, make_records
+from tests.common.cache.records import (
+    assert_same_record,
+    make_manifest,
+    make_record,
+    make_records,
+    make_visual,
+)
 
 
 def records_of(part, count=3):
@@ -238,3 +246,57 @@ def test_a_lost_reply_is_no_defeat(tmp_path, monkeypatch):
     assert_same_record(
         CacheReader(str(tmp_path / "l1")).read_record("sample-0"), records_of(0)[0], step=1 / 16
     )
+
+
+def wide_records(*, count, width):
+    """Samples that share one image, each with hidden states of `width`."""
+    rng = np.random.default_rng(0)
+    images = [make_visual(rng, i, positions=64, topk=2, rank=1, hidden=width) for i in range(count)]
+    return [make_record(rng, f"s{i}", (image,), topk=2) for i, image in enumerate(images)]
+
+
+def test_blocks_split_before_a_codec_refuses_them(tmp_path):
+    records = wide_records(count=10, width=40_000)  # 25.6 million values, a codec takes 16.8
+    blocks = list(group_blocks(records, 630))  # rows alone would put nine into the first block
+    assert [r for block in blocks for r in block] == records
+    assert max(len(block) for block in blocks) * 64 * 40_000 <= MAX_CHUNK_VALUES
+    manifest = make_manifest(num_samples=10, part_samples=10, topk=2, store="both", hidden_size=40_000)
+    writer = CacheWriter.open(str(tmp_path / "l1"), manifest, block_rows=630)
+    writer.write_part(0, records, first_sample=0, num_samples=10)
+    with CacheReader(str(tmp_path / "l1")) as cache:
+        assert cache.num_blocks == len(blocks) > 1
+        found = cache.read_record("s9").visual[0].hidden
+        assert np.abs(found - records[9].visual[0].hidden).max() < 0.05
+
+
+@pytest.mark.parametrize("array", ["rows", "factor", "tokens"])
+def test_every_array_has_its_budget(array):
+    rng, limit = np.random.default_rng(0), MAX_CHUNK_VALUES
+    base = make_record(rng, "s", (make_visual(rng, 0, positions=16, topk=2, rank=1),), topk=2)
+    wide = np.broadcast_to(np.float32(0), (16, limit // 64))
+    if array == "rows":
+        ids = np.broadcast_to(np.int32(0), wide.shape)
+        topk = dataclasses.replace(base.visual[0].topk, token_ids=ids, logprobs=wide)
+        big = dataclasses.replace(base.visual[0], topk=topk)
+    else:
+        big = dataclasses.replace(base.visual[0], factor=wide)
+    records = [
+        dataclasses.replace(base, sample_id=f"{i}", visual=(dataclasses.replace(big, key=f"{i:032x}"),))
+        for i in range(10)
+    ]
+    if array == "tokens":
+        tokens = np.broadcast_to(np.int32(0), (limit // 4,))
+        records = [dataclasses.replace(base, sample_id=f"{i}", token_ids=tokens) for i in range(10)]
+    assert [len(block) for block in group_blocks(records, 10**9)] == [4, 4, 2]
+
+
+def test_a_sample_too_large_for_any_block_is_named():
+    record = make_record(np.random.default_rng(0), "giant", (), topk=2)
+    tokens = np.broadcast_to(np.int32(0), (MAX_CHUNK_VALUES + 1,))
+    with pytest.raises(DataError, match="'giant' has 16777217 values"):
+        list(group_blocks([dataclasses.replace(record, token_ids=tokens)], 100))
+
+
+def test_a_codec_that_refuses_is_an_error_of_ours():
+    with pytest.raises(DataError, match="pcodec refuses"):
+        encode_chunk(np.zeros(5, np.int32), MAX_CHUNK_VALUES + 6, 5, Coding("pcodec", 1))
