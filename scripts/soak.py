@@ -95,7 +95,7 @@ def soak_kills(work: Path, kills: int, rng: np.random.Generator, counts: Counter
             workers = [w for w in workers if w.is_alive()]
             while len(workers) < NUM_WRITERS + NUM_READERS:
                 workers.append(_spawn(path, number, len(workers), int(rng.integers(2**31)), wrong))
-            time.sleep(float(rng.exponential(0.04)))
+            time.sleep(float(rng.exponential(0.12)))
             victim = workers[int(rng.integers(len(workers)))]
             if counts["kills"] < kills and victim.is_alive() and victim.pid is not None:
                 os.kill(victim.pid, signal.SIGKILL)
