@@ -62,8 +62,8 @@ class VisualRecord:
     factor: NDArray[np.float32] | None
     """[P, R] relation factor."""
     factor_error: float = 0.0
-    """Achieved distance ‖R̂ − R̂_A‖ of the unit relation from that of its factor. The relative error of an RDist
-    gradient is at most this over sin θ, cos θ = 1 − RDist."""
+    """Achieved distance ‖R̂ − R̂_A‖ of the unit relation from that of its factor. The relative error of an
+    RDist gradient is at most this over sin θ, cos θ = 1 − RDist."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,8 +115,8 @@ class Relation(Frozen):
     norm: Literal["none", "cosine"] = "none"
     """Rows as they are, or scaled to unit length first."""
     tolerance: float = Field(1e-3, gt=0)
-    """Largest distance ‖R̂ − R̂_A‖ of the unit relation from that of its factor that the rank is chosen for. The
-    relative error of an RDist gradient is at most this over sin θ, cos θ = 1 − RDist."""
+    """Largest distance ‖R̂ − R̂_A‖ of the unit relation from that of its factor that the rank is chosen for.
+    The relative error of an RDist gradient is at most this over sin θ, cos θ = 1 − RDist."""
     max_rank: int = Field(128, ge=1)
     """Largest rank kept."""
     hidden_encoding: Literal["bfloat16", "float32", "int8"] = "bfloat16"
