@@ -1,17 +1,21 @@
 """The `cascache` command: look at a cache, prove it, mend it.
 
-exit code   0 all is well · 1 problems were found · 2 the command could not be carried out
+exit code   0 all is well · 1 problems, or parts are missing · 2 the command could not be carried out
 """
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from common.errors import CascacheError
 
-EPILOG = "exit codes: 0 all is well; 1 problems were found; 2 the command could not be carried out"
+EPILOG = (
+    "exit codes: 0 all is well; 1 problems were found, or parts are missing; "
+    "2 the command could not be carried out"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,20 +61,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code, answer = run(arguments)
     except CascacheError as error:
-        print(f"cascache: {error}", file=sys.stderr)
+        print(f"cascache: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(answer, indent=1) if arguments.json else to_text(answer))
+    try:
+        print(json.dumps(answer, indent=1) if arguments.json else to_text(answer), flush=True)
+    except BrokenPipeError:  # whoever read us has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 
-def to_text(answer: dict[str, Any]) -> str:
-    """One line a field; lists one line an entry."""
+def to_text(answer: dict[str, Any], indent: str = "") -> str:
+    """One line a field; what is nested stands below it, indented."""
     lines = []
     for name, value in answer.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [f"{name}:"] + ["  " + "  ".join(str(v) for v in entry.values()) for entry in value]
+        title = f"{indent}{name.replace('_', ' ')}:"
+        if isinstance(value, dict) and value:
+            lines += [title, to_text(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [title] + [f"{indent}  " + "  ".join(str(v) for v in entry.values()) for entry in value]
         else:
-            lines.append(f"{name.replace('_', ' ')}: {value}")
+            lines.append(f"{title} {value}")
     return "\n".join(lines)
 
 
@@ -106,7 +116,13 @@ def run_verify(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:
     from common.cache.verify import verify
 
     report = verify(arguments.path, deep=not arguments.quick)
-    return int(not report.ok), asdict(report) | {"ok": report.ok, "bad_parts": report.bad_parts}
+    answer = asdict(report) | {"bad_parts": report.bad_parts, "complete": report.complete, "ok": report.ok}
+    answer["checked"] = "every byte" if report.deep else "names and sizes only, not the contents"
+    if not report.ok:
+        answer["next"] = "cascache repair, then the same teacher-dump command; or copy the cache again"
+    elif not report.complete:
+        answer["next"] = "run the same teacher-dump command to dump the missing parts"
+    return int(not (report.ok and report.complete)), answer
 
 
 def run_repair(arguments: argparse.Namespace) -> tuple[int, dict[str, Any]]:

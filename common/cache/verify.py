@@ -87,6 +87,11 @@ class Report:
         return sorted({p.part for p in self.problems if p.part is not None})
 
     @property
+    def complete(self) -> bool:
+        """Whether every part of the plan is sealed."""
+        return self.num_parts > 0 and not self.missing_parts
+
+    @property
     def ok(self) -> bool:
         """Whether nothing is wrong; missing parts and leftovers of killed writers are not."""
         return all(p.kind == "unsealed" for p in self.problems)

@@ -110,7 +110,13 @@ def test_commands_and_their_exit_codes(path, tmp_path, capsys):
     victim = next((tmp_path / "merged" / "parts").glob("00001-*")) / "sample_text" / "c.0.0"
     victim.write_bytes(victim.read_bytes()[:-1])
     assert main(["verify", str(tmp_path / "merged")]) == 1
+    assert "cascache repair" in capsys.readouterr().out
     assert main(["repair", str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "merged"), "--quick"]) == 1, "what lacks a part is not all well"
+    text = capsys.readouterr().out
+    assert "complete: False" in text
+    assert "names and sizes only" in text
     assert main(["finalize", str(tmp_path / "merged")]) == 2
     assert "lacks 1 of 3 parts" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "nowhere")]) == 2
