@@ -85,9 +85,11 @@ def _say(line: str) -> None:
 
 def _sentence(result: dict[str, Any]) -> str:
     if "size_bytes" not in result:
+        lost = f", reasons in {result['quarantine']}" if result["quarantined"] else ""
         return (
             f"{result['cache']}: {result['parts']} parts ({result['dumped']} dumped now), "
-            f"{result['quarantined']} samples quarantined"
+            f"{result['quarantined']} samples quarantined{lost}\n"
+            f"next: student-train --cache {result['cache']}"
         )
     seconds, free = result["seconds"], result["disk_free_bytes"] / 1e9
     time = "unknown" if seconds is None else f"about {seconds:,.0f} s"

@@ -51,8 +51,9 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     Raises:
         CascacheError: Settings, data, engine or disk do not allow it.
     """
+    model = resolve_model(config.model)
     source = open_data(config)
-    teacher = find_teacher(resolve_model(config.model), dtype=config.dtype, with_weights=not config.dry_run)
+    teacher = find_teacher(model, dtype=config.dtype, with_weights=not config.dry_run)
     check_settings(config, teacher, source)
     plan = plan_dump(config, source)
     preparer = Preparer(
@@ -88,6 +89,7 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
         "parts": plan.num_parts,
         "dumped": len(todo),
         "quarantined": quarantine.count,
+        "quarantine": str(quarantine.path),
     }
 
 
