@@ -17,8 +17,9 @@ hits both sides. Then a real `student-train` run says how long its steps wait fo
 import argparse
 import json
 import platform
+import random
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -208,11 +209,11 @@ def _labels(batch: Batch) -> Tensor:
     return labels.view_as(ids)
 
 
-def measure_steps(bed: Bed, rounds: int) -> Samples:
-    """Interleave all ways, `rounds` times after a warm-up."""
-    samples: Samples = {name: [] for name in WAYS}
+def measure_steps(bed: Bed, rounds: int, names: Sequence[str] = tuple(WAYS)) -> Samples:
+    """Interleave the ways, `rounds` times after a warm-up, each time in another order."""
+    samples: Samples = {name: [] for name in names}
     for turn in range(rounds + 1):
-        for name in WAYS:
+        for name in random.Random(turn).sample(names, len(names)):
             sample = losses.run_once(bed.step(name, turn), "cpu")
             if turn:
                 samples[name].append(sample)
@@ -228,6 +229,7 @@ def step_report(bed: Bed, samples: Samples) -> dict[str, Any]:
         rows = batch.num_positions if WAYS[name].loss == "own" else batch.response_rows.numel() + visual
         ways[name] = {
             "seconds": statistics.median(seconds for seconds, _ in taken),
+            "least_seconds": min(seconds for seconds, _ in taken),
             "peak_bytes": int(statistics.median(peak for _, peak in taken)),
             "tokens": batch.num_tokens,
             "head_rows": rows,
@@ -237,6 +239,7 @@ def step_report(bed: Bed, samples: Samples) -> dict[str, Any]:
             over / under for (over, _), (under, _) in zip(samples[top], samples[bottom], strict=True)
         )
         for name, (top, bottom) in RATIOS.items()
+        if top in samples and bottom in samples
     }
 
 
@@ -276,8 +279,8 @@ def show(report: dict[str, Any]) -> None:
     """Print the tables."""
     for name, way in report["ways"].items():
         print(
-            f"{name:38}{way['seconds']:8.3f} s{way['peak_bytes'] / 2**20:9.0f} MiB"
-            f"{way['tokens']:7} tokens{way['head_rows']:6} head rows"
+            f"{name:38}{way['seconds']:8.3f} s (least {way['least_seconds']:.3f})"
+            f"{way['peak_bytes'] / 2**20:9.0f} MiB{way['tokens']:7} tokens{way['head_rows']:6} head rows"
         )
     for one in report.get("growth", ()):
         print(
@@ -300,6 +303,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="with --cache: the cache's teacher")
     parser.add_argument("--batch", type=int, default=8, help="samples a step")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--way", action="append", choices=WAYS, help="only these ways")
     parser.add_argument("--wait-steps", type=int, default=16)
     parser.add_argument("--rows", type=int, default=2048, help="N of the loss alone; 0 leaves it out")
     parser.add_argument("--vocabulary", type=int, default=Bench.vocabulary)
@@ -320,7 +324,7 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": 1,
         "rounds": args.rounds,
-        **step_report(bed, measure_steps(bed, args.rounds)),
+        **step_report(bed, measure_steps(bed, args.rounds, args.way or tuple(WAYS))),
     }
     del bed
     report |= measure_wait(config)

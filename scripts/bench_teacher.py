@@ -35,8 +35,8 @@ from torch.nn import functional
 
 from common.cache.writer import CacheWriter
 from common.chat import load_processor
+from common.data.open import open_source
 from common.data.shapes import write_shapes
-from common.data.source import open_source
 from common.fingerprint import fingerprints
 from common.models import resolve_model
 from common.spans import positions_of, response_rows

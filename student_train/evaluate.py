@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from common.chat import load_processor, to_messages
-from common.data.source import SampleSource, open_source
+from common.data.open import open_source
+from common.data.source import SampleSource
 from common.errors import ConfigError
 from common.images import read_image
 from schemas.sample import Sample

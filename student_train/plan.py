@@ -14,7 +14,8 @@ from common.cache.layout import identity_sha256
 from common.cache.reader import CacheReader
 from common.chat import load_processor
 from common.compat import require_fit
-from common.data.source import SampleSource, open_source
+from common.data.open import open_source
+from common.data.source import SampleSource
 from common.errors import ConfigError, MismatchError, PartMissing
 from common.models import ModelRef, resolve_model, smallest_of_family
 from schemas.manifest import Manifest

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.source import SampleSource, open_source
+from common.data.open import open_source
+from common.data.source import SampleSource
 from common.errors import ConfigError, DataError
 from schemas.sample import ImageRef, Sample
 from teacher_dump.config import DumpConfig

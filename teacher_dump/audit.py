@@ -17,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 from common.cache.reader import CacheReader
-from common.data.source import SampleSource, open_source
-from common.errors import ConfigError, MismatchError
+from common.data.open import open_source
+from common.data.source import SampleSource
+from common.errors import ConfigError, MismatchError, PartMissing
 from common.fingerprint import weights_sha256
 from common.images import decode_image, image_bytes
 from common.models import resolve_model
@@ -106,6 +107,8 @@ def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
     """
     with CacheReader(config.cache) as cache:
         manifest = cache.manifest
+        if not cache.num_samples:
+            raise PartMissing(f"{config.cache} holds no sealed sample yet; let the dump go on first")
         source = _open_data(config, manifest)
         reference, gram = _open_teacher(config, manifest)
         draw = np.random.Generator(np.random.Philox(key=config.seed)).permutation(cache.num_samples)

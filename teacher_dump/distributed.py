@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from common.cache.writer import CacheWriter
-from common.data.source import open_source
+from common.data.open import open_source
 from common.errors import CascacheError, ConfigError, EngineError
 from common.models import resolve_model
 from schemas.manifest import Manifest

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.data.open import open_source
 from common.data.shapes import write_shapes
-from common.data.source import open_source
 from common.models import TINY
 from scripts.plain_dump import dump_plain
 from student_train.config import TrainConfig

@@ -6,7 +6,7 @@ import torch
 
 from common.cache.reader import CacheReader
 from common.chat import load_processor
-from common.data.source import open_source
+from common.data.open import open_source
 from common.errors import MismatchError
 from common.record import Record, TopK, VisualRecord
 from schemas.sample import Span

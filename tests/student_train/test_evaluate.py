@@ -3,7 +3,7 @@ import json
 import pytest
 
 from common.chat import load_processor
-from common.data.source import open_source
+from common.data.open import open_source
 from common.errors import ConfigError
 from common.models import TINY
 from student_train.config import EvalConfig

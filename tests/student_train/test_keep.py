@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.data.source import open_source
+from common.data.open import open_source
 from common.errors import ConfigError
 from student_train.evaluate import evaluate
 from student_train.keep import WeightAverage

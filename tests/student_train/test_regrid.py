@@ -12,7 +12,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from common.cache.reader import CacheReader
 from common.chat import ImageInput, load_processor, to_prompt
-from common.data.source import open_source
+from common.data.open import open_source
 from common.errors import ConfigError, MismatchError
 from common.grids import ImageLayout, image_layout
 from common.images import decode_image, image_bytes

@@ -5,7 +5,7 @@ import torch
 
 from common.cache.reader import CacheReader
 from common.chat import load_processor
-from common.data.source import open_source
+from common.data.open import open_source
 from student_train.collate import Wanted
 from student_train.losses.terms import TERMS
 from student_train.pixels import PixelLoader

@@ -15,7 +15,7 @@ from common.cache.verify import verify
 from common.cache.writer import CacheWriter
 from common.chat import image_token_id, load_processor, to_question
 from common.data.entries import to_sample
-from common.data.source import open_source
+from common.data.open import open_source
 from common.errors import ConfigError, DataError
 from common.images import decode_image, image_bytes
 from common.models import resolve_model

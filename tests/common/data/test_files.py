@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from common.data import json_file
 from common.data.index import Strings, unique_ids
 from common.data.llava_json import scan_array
-from common.data.source import SampleSource, open_source
+from common.data.open import open_source
+from common.data.source import SampleSource
 from common.errors import ConfigError, DataError
 from schemas.sample import ImageRef
 

@@ -4,7 +4,7 @@ import json
 import pytest
 from PIL import Image
 
-from common.data.source import open_source
+from common.data.open import open_source
 from common.errors import ConfigError, DataError
 from common.images import image_bytes, read_image
 from schemas.sample import ImageRef

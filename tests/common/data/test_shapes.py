@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from common.data import scenes
+from common.data.open import open_source
 from common.data.shapes import materialise, parse_shapes, write_shapes
-from common.data.source import open_source
 from common.errors import ConfigError
 from common.images import read_image
 
