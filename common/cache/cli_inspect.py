@@ -1,0 +1,84 @@
+"""`cascache info · verify · repair · finalize`: look at a cache, prove it, mend it."""
+
+import argparse
+from typing import Any
+
+from common.cache.commands import Answer, add_command
+
+
+def add_commands(subparsers: Any) -> None:
+    """Register the group."""
+    path = "directory or URL of the cache"
+    add_command(subparsers, "info", "what is in a cache", run_info).add_argument("path", help=path)
+    verify = add_command(subparsers, "verify", "check every byte; reads only", run_verify)
+    verify.add_argument("path", help=path)
+    verify.add_argument("--quick", action="store_true", help="names and sizes only: no hashing, no decoding")
+    text = "unseal damaged parts and remove leftovers; run while no writer is at work"
+    add_command(subparsers, "repair", text, run_repair).add_argument("path", help=path)
+    text = "write the index of a complete cache, for a fast open"
+    add_command(subparsers, "finalize", text, run_finalize).add_argument("path", help=path)
+
+
+def run_info(arguments: argparse.Namespace) -> tuple[int, Answer]:
+    """Counts, sizes and identity of a cache."""
+    from common.cache.reader import CacheReader
+
+    with CacheReader(arguments.path) as cache:
+        seals = cache.seals.values()
+        num_bytes = sum(file.size_bytes for seal in seals for file in seal.files.values())
+        rows = sum(seal.num_response_rows + seal.num_visual_rows for seal in seals)
+        answer = {
+            "path": arguments.path,
+            "teacher": cache.manifest.teacher.model,
+            "complete": cache.complete,
+            "parts": f"{len(cache.seals)} of {cache.manifest.num_parts}",
+            "records": cache.num_samples,
+            "quarantined": sum(len(seal.quarantined) for seal in seals),
+            "images": sum(seal.num_images for seal in seals),
+            "response_rows": sum(seal.num_response_rows for seal in seals),
+            "visual_rows": sum(seal.num_visual_rows for seal in seals),
+            "bytes": num_bytes,
+            "bytes_per_position": round(num_bytes / rows, 2) if rows else None,
+            "manifest": cache.manifest.model_dump(mode="json"),
+        }
+    return 0, answer
+
+
+def run_verify(arguments: argparse.Namespace) -> tuple[int, Answer]:
+    """Problems, and the parts to dump again."""
+    from dataclasses import asdict
+
+    from common.cache.verify import verify
+
+    report = verify(arguments.path, deep=not arguments.quick)
+    answer = asdict(report) | {"bad_parts": report.bad_parts, "complete": report.complete, "ok": report.ok}
+    answer["checked"] = "every byte" if report.deep else "names and sizes only, not the contents"
+    if not report.ok:
+        answer["next"] = "cascache repair, then the same teacher-dump command; or copy the cache again"
+    elif not report.complete:
+        answer["next"] = "run the same teacher-dump command to dump the missing parts"
+    return int(not (report.ok and report.complete)), answer
+
+
+def run_repair(arguments: argparse.Namespace) -> tuple[int, Answer]:
+    """Unseal and clean; says what to dump again."""
+    from common.cache.verify import repair, verify
+
+    report = verify(arguments.path)
+    parts = repair(report)
+    return 0, {
+        "path": arguments.path,
+        "unsealed": report.bad_parts,
+        "parts_to_dump": parts,
+        "next": "run the same teacher-dump command",
+    }
+
+
+def run_finalize(arguments: argparse.Namespace) -> tuple[int, Answer]:
+    """Write the index."""
+    from common.cache.seals import read_manifest
+    from common.cache.writer import CacheWriter
+
+    writer = CacheWriter.open(arguments.path, read_manifest(arguments.path))
+    writer.finalize()
+    return 0, {"path": arguments.path, "parts": len(writer.sealed)}
