@@ -64,6 +64,8 @@ class VisualRecord:
     factor_error: float = 0.0
     """Achieved distance ‖R̂ − R̂_A‖ of the unit relation from that of its factor. The relative error of an
     RDist gradient is at most this over sin θ, cos θ = 1 − RDist."""
+    encoded: bytes | None = None
+    """The encoded image file, on the way into a cache that keeps images; readers give it by `read_images`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,12 @@ IMAGE_ARRAYS: Final = (
     ArraySpec("image_factor_scale", ("float32",), ("R",), "dense", optional=True),
     ArraySpec("image_hidden", ("uint16", "float32", "int16"), ("D", "P"), "dense", optional=True),
     ArraySpec("image_hidden_scale", ("float32",), ("P",), "dense", optional=True),
+    ArraySpec("image_file_sizes", ("int32",), ("file",), "small", optional=True),
+    ArraySpec("image_files", ("uint8",), ("byte",), "small", optional=True),
 )
+
+IMAGE_FILE_ARRAYS: Final = ("image_file_sizes", "image_files")
+"""The encoded images of a block, one for each SHA-256 in order of first occurrence in `image_keys`."""
 
 ROW_ARRAYS: Final = (
     ArraySpec("positions", ("int32",), ("N",), "trend", optional=True),

@@ -18,7 +18,7 @@ from schemas.base import Frozen
 FORMAT_NAME: Final = "cascache"
 FORMAT_VERSION: Final = 1
 
-LOCATION_FIELDS = frozenset({"tools", "data_source"})
+LOCATION_FIELDS = frozenset({"tools", "data_source", "derived_from"})
 """Manifest fields that say where and with what a cache was made, not what it is."""
 
 
@@ -134,6 +134,15 @@ class Encoding(Frozen):
     """Step in nats when `logits = "steps"`; the worst error is half of it."""
 
 
+class Derived(Frozen):
+    """What a cache was taken from that holds less than the dump did."""
+
+    identity_sha256: str
+    """Hash of the identity fields of the cache it was taken from."""
+    left_out: tuple[str, ...]
+    """Groups of arrays left out: `visual`, `relation`, `hidden`, `images`."""
+
+
 class Manifest(Frozen):
     """A level's identity: the attributes of the root group."""
 
@@ -163,6 +172,10 @@ class Manifest(Frozen):
     """How arrays lie on disk."""
     part_samples: int = Field(ge=1)
     """Samples a part, except the last."""
+    with_images: bool = False
+    """Whether the encoded image files are in the cache, so that a student needs no other data."""
+    derived_from: Derived | None = None
+    """The fuller cache this one was taken from, if it is not a dump of its own."""
     tools: dict[str, str] = {}
     """Versions of cascache, vllm, torch, transformers, zarr that wrote it."""
 
@@ -217,6 +230,8 @@ class PartSeal(Frozen):
     """Worst error per encoding, measured against what the engine gave: name with unit -> value."""
     fidelity: dict[str, float] = {}
     """Summary statistics, such as `response_mass_p50`, `visual_entropy_p50_nats`."""
+    derived_from: str | None = None
+    """SHA-256 of the seal this part was taken from, when arrays were left out of it."""
     quarantined: tuple[Quarantined, ...] = ()
     """Samples of the range that hold no record."""
     files: dict[str, FileSeal]

@@ -31,6 +31,9 @@ GUARD: Final = "sha256"
 KNOWN_NAMES: Final = frozenset({METADATA, PARTS, SEALS, INDEX, WRITING})
 """Everything that may stand at the root of a cache."""
 
+_LATER_FIELDS: Final = ("with_images",)
+"""Identity fields that caches of the first days lack: they count only when they are set."""
+
 _DIRECTORY = re.compile(r"(\d{5,9})-[0-9a-f]{6,32}")
 _FILE = re.compile(r"[a-z_]+/(c\.0\.0|zarr\.json)|zarr\.json")
 
@@ -43,6 +46,11 @@ def part_name(part: int) -> str:
 def new_directory(part: int) -> str:
     """A directory name for a part that no other writer uses."""
     return f"{part_name(part)}-{secrets.token_hex(6)}"
+
+
+def derived_directory(part: int, source: str, identity_sha256: str) -> str:
+    """The directory of a part taken from another: the same in every attempt, so that one can go on."""
+    return f"{part_name(part)}-{_digest([source, identity_sha256])[:24]}"
 
 
 def is_directory_of(name: str, part: int) -> bool:
@@ -96,6 +104,9 @@ def identity_fields(manifest: Manifest) -> dict[str, object]:
     """The manifest's fields that must be equal to share a cache, as JSON values."""
     left_out: dict[str, Any] = {**dict.fromkeys(LOCATION_FIELDS, True), "teacher": {"model": True}}
     fields: dict[str, object] = manifest.model_dump(mode="json", exclude=left_out)
+    for name in _LATER_FIELDS:
+        if not fields[name]:
+            del fields[name]  # as before there was such a field
     return fields
 
 
