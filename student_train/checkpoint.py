@@ -128,12 +128,17 @@ def trained_weights(student: Student, parts: Collection[str], *, keep: bool = Tr
 
 
 def gather_all(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Gather tensors one at a time into main memory, so that no device holds them all whole at once."""
-    whole = {}
+    """Gather tensors one at a time into main memory, so that no device holds them all whole at once.
+
+    One tensor under two names (a tied head) stays one.
+    """
+    whole: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
     for name, value in tensors.items():
-        full = gather(value)
+        known = first.setdefault(id(value), name)
+        full = gather(value.detach()) if known == name else None
         if keep:
-            whole[name] = full.cpu()
+            whole[name] = whole[known] if full is None else full.cpu()
     return whole
 
 

@@ -41,9 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str]) -> int:
     config = load_settings(TrainConfig, arguments, prog="student-train", epilog=_EPILOG)
     from student_train.plan import make_plan
+    from student_train.rundir import RunDirectory
 
     plan = make_plan(config)
     if config.dry_run:
+        if not config.restart:
+            RunDirectory(plan.out, plan.identity()).check()
         print(json.dumps(plan.to_json(), indent=2) if config.json_summary else plan.describe())
         return 0
     if os.environ.get("RANK", "0") == "0":
@@ -87,6 +90,6 @@ def _table(scores: dict[str, Any]) -> str:
     rows = [
         f"  {kind:16} {share:6.1%}  ({scores['num_kinds'][kind]})" for kind, share in scores["kinds"].items()
     ]
-    return "\n".join(
-        [f"exact match {scores['accuracy']:.1%} (mean over kinds, {scores['num']} questions)", *rows]
-    )
+    skipped = f", {scores['skipped']} left out as unreadable" if scores["skipped"] else ""
+    head = f"exact match {scores['accuracy']:.1%} (mean over kinds, {scores['num']} questions{skipped})"
+    return "\n".join([head, *rows])

@@ -201,8 +201,8 @@ def to_targets(distributions: Sequence[TopK], vocab_size: int, wanted: Wanted) -
         here = slice(at, at := at + len(topk.positions))
         token_ids[here, : topk.token_ids.shape[1]] = topk.token_ids
         if topk.counts is None:
-            logprobs[here, : topk.logprobs.shape[1]] = _at_temperature(topk, wanted)
-            log_tail[here] = topk.log_tail[:, wanted.column]
+            whole = _normalised(_at_temperature(topk, wanted), topk.log_tail[:, wanted.column])
+            logprobs[here, : topk.logprobs.shape[1]], log_tail[here] = whole
         else:
             logprobs[here, : topk.logprobs.shape[1]] = drawn_masses(topk.logprobs, topk.counts)
             log_tail[here] = -np.inf
@@ -240,6 +240,16 @@ def _at_temperature(topk: TopK, wanted: Wanted) -> NDArray[np.float32]:
         logits / np.float32(wanted.temperature) - topk.logsumexp[:, wanted.column, None]
     )
     return scaled
+
+
+def _normalised(
+    logprobs: NDArray[np.float32], log_tail: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Shift each row so that its mass is 1: a cache's rounding moved it, and divergences then dip below 0."""
+    with np.errstate(divide="ignore"):
+        shift = np.log(np.exp(logprobs).sum(axis=1) + np.exp(log_tail))
+    shift[~np.isfinite(shift)] = 0
+    return logprobs - shift[:, None], log_tail - shift
 
 
 def _drop_padding(

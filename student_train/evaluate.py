@@ -7,12 +7,14 @@ answer = reference (case, outer white space and a final full stop aside)  ──
 """
 
 import json
+import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from tqdm import tqdm
@@ -20,12 +22,29 @@ from tqdm import tqdm
 from common.chat import load_processor, to_messages
 from common.data.open import open_source
 from common.data.source import SampleSource
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.images import read_image
 from schemas.sample import Sample
 from student_train.config import EvalConfig
 from student_train.metrics import write_json
 from student_train.model import load_student
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """Processes that share the questions."""
+
+    rank: int = 0
+    """This one."""
+    size: int = 1
+    """How many there are."""
+    gather: Callable[[list[Any]], list[Any]] = list
+    """Joins the lists of all of them, in every one of them."""
+
+
+ALONE: Final = Team()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +92,8 @@ def evaluate(
     batch_size: int = 100,
     max_new_tokens: int = 32,
     limit: int | None = None,
+    device: torch.device | None = None,
+    team: Team = ALONE,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Answer every question of a data set.
 
@@ -82,6 +103,8 @@ def evaluate(
         batch_size: Questions generated together.
         max_new_tokens: Longest answer.
         limit: Only the first so many questions.
+        device: Where to compute; a GPU if there is one.
+        team: The processes that share the questions.
 
     Returns:
         Scores (see `score`), and every answer in the data's order.
@@ -92,12 +115,13 @@ def evaluate(
     student = load_student(model_path)
     student.eval()
     return answer(
-        student.model,
+        student.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
         load_processor(model_path),
         source,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         limit=limit,
+        team=team,
     )
 
 
@@ -109,8 +133,11 @@ def answer(
     batch_size: int = 100,
     max_new_tokens: int = 32,
     limit: int | None = None,
+    team: Team = ALONE,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Answer every question of a data set with a model in memory; see `evaluate`.
+
+    Samples that cannot be read are left out, named in the log and counted as `skipped`.
 
     Args:
         model: A generating model in evaluation mode.
@@ -119,40 +146,53 @@ def answer(
         batch_size: Questions generated together.
         max_new_tokens: Longest answer.
         limit: Only the first so many questions.
+        team: The processes that share the questions; each gets all answers.
 
     Raises:
-        ConfigError: The data holds no question.
+        ConfigError: The data holds no question that can be read.
     """
-    questions = list(read_questions(processor, source))[:limit]
+    root, hide = source.image_root, True if team.rank else None
+    questions = list(islice(read_questions(processor, source), limit))
     if not questions:
         raise ConfigError(f"{source.path} holds no assistant turn to answer; name other data with --eval")
-    return _answer_all(model, processor, questions, source.image_root, batch_size, max_new_tokens)
-
-
-def _answer_all(
-    model: Any,
-    processor: Any,
-    questions: Sequence[Question],
-    root: str | None,
-    batch_size: int,
-    max_new_tokens: int,
-) -> tuple[dict[str, Any], list[Answer]]:
     by_length = sorted(
         range(len(questions)), key=lambda row: (questions[row].num_images, len(questions[row].prompt))
     )
-    texts = [""] * len(questions)
-    with tqdm(total=len(questions), desc="answering", unit="question", disable=None) as bar:
-        for start in range(0, len(by_length), batch_size):
-            rows = by_length[start : start + batch_size]
-            batch = [questions[row] for row in rows]
-            for row, text in zip(rows, generate(model, processor, batch, root, max_new_tokens), strict=True):
-                texts[row] = text
+    mine = by_length[team.rank :: team.size]
+    said: list[tuple[int, str]] = []
+    with tqdm(total=len(mine), desc="answering", unit="question", disable=hide) as bar:
+        for start in range(0, len(mine), batch_size):
+            rows = mine[start : start + batch_size]
+            shown = {row: images for row in rows if (images := _images(questions[row], root)) is not None}
+            batch = [(questions[row].prompt, images) for row, images in shown.items()]
+            texts = generate(model, processor, batch, max_new_tokens) if batch else []
+            said += zip(shown, texts, strict=True)
             bar.update(len(rows))
-    answers = [
-        Answer(each.sample_id, each.kind, each.question, each.reference, text, matches(text, each.reference))
-        for each, text in zip(questions, texts, strict=True)
-    ]
-    return score(answers), answers
+    answers = [_judge(questions[row], text) for row, text in sorted(team.gather(said))]
+    if not answers:
+        raise ConfigError(f"no image of {source.path} can be read; see the log, or set --image-root")
+    return score(answers) | {"skipped": len(questions) - len(answers)}, answers
+
+
+def _judge(question: Question, text: str) -> Answer:
+    right = matches(text, question.reference)
+    return Answer(question.sample_id, question.kind, question.question, question.reference, text, right)
+
+
+def _images(question: Question, root: str | None) -> list[Any] | None:
+    try:
+        return [read_image(question.sample.images[n], root) for n in range(question.num_images)]
+    except DataError as error:
+        log.warning("question of sample %s left out: %s", question.sample_id, error)
+        return None
+
+
+def _readable(source: SampleSource) -> Iterator[Sample]:
+    for index, sample_id in enumerate(source.sample_ids()):
+        try:
+            yield source[index]
+        except DataError as error:
+            log.warning("sample %s left out: %s", sample_id, error)
 
 
 def read_questions(processor: Any, source: SampleSource) -> Iterator[Question]:
@@ -160,9 +200,9 @@ def read_questions(processor: Any, source: SampleSource) -> Iterator[Question]:
 
     Args:
         processor: Its chat template renders the prompt.
-        source: Held-out samples.
+        source: Held-out samples; those that cannot be read are left out and named in the log.
     """
-    for sample in source:
+    for sample in _readable(source):
         messages = to_messages(sample)
         for place, turn in enumerate(sample.turns):
             if turn.role != "assistant" or place == 0:
@@ -183,26 +223,25 @@ def read_questions(processor: Any, source: SampleSource) -> Iterator[Question]:
 
 @torch.no_grad()
 def generate(
-    model: Any, processor: Any, questions: Sequence[Question], root: str | None, max_new_tokens: int
+    model: Any, processor: Any, questions: Sequence[tuple[str, list[Any]]], max_new_tokens: int
 ) -> list[str]:
     """Answer a batch greedily.
 
     Args:
         model: A generating model in evaluation mode.
         processor: Its processor.
-        questions: What to ask.
-        root: Directory that relative image paths start from.
+        questions: Prompts, each with its images.
         max_new_tokens: Longest answer.
     """
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
-    images = [read_image(each.sample.images[n], root) for each in questions for n in range(each.num_images)]
+    prompts = [prompt for prompt, _ in questions]
     inputs = processor(
-        text=[each.prompt for each in questions],
-        images=images or None,
+        text=prompts,
+        images=[image for _, images in questions for image in images] or None,
         return_tensors="pt",
         padding=True,
-        add_special_tokens=not (tokenizer.bos_token and questions[0].prompt.startswith(tokenizer.bos_token)),
+        add_special_tokens=not (tokenizer.bos_token and prompts[0].startswith(tokenizer.bos_token)),
     ).to(model.device)
     ids = model.generate(
         **inputs,

@@ -19,7 +19,7 @@ from torch import Tensor
 from common.chat import load_processor
 from student_train.card import model_card
 from student_train.checkpoint import put_weights
-from student_train.evaluate import answer
+from student_train.evaluate import Team, answer
 from student_train.metrics import write_json
 from student_train.model import Student, save_student
 from student_train.plan import Plan
@@ -49,12 +49,13 @@ class BestKeeper:
         path = self._directory / "eval.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def look(self, student: Student, step: int) -> dict[str, float]:
-        """Examine the student; keep it if none was better.
+    def look(self, student: Student, step: int, team: Team) -> dict[str, float]:
+        """Examine the student; the first process keeps it if none was better.
 
         Args:
             student: Whole, in this process.
             step: Optimiser steps so far, over all stages.
+            team: The processes that share the questions.
 
         Returns:
             `eval/accuracy` and `eval/<kind>`, to log.
@@ -62,9 +63,9 @@ class BestKeeper:
         config, source = self._plan.config, self._plan.held_out
         assert source is not None
         student.eval()
-        scores, _ = answer(student.model, self._processor, source, limit=config.eval_limit)
+        scores, _ = answer(student.model, self._processor, source, limit=config.eval_limit, team=team)
         student.train()
-        best = self.best
+        best = self.best if team.rank == 0 else scores
         if best is None or scores["accuracy"] > best["accuracy"]:
             self._keep(student, {**scores, "step": step})
         kinds = {f"eval/{kind}": value for kind, value in scores["kinds"].items()}

@@ -22,6 +22,7 @@ from student_train.losses.balance import UncertaintyWeights
 from student_train.losses.objective import Counts, Objective, Outcome
 from student_train.losses.rows import Head
 from student_train.recipe import ModulePart
+from student_train.sync import sync_directory, sync_tree
 
 Part = Literal["tower", "projector", "llm", "base", "balance"]
 """`base` is the language model under adapters: frozen, while the adapters are the `llm` that trains."""
@@ -317,7 +318,9 @@ def save_student(
     if student.family.hub_tower:
         _rename_tower(temporary, student.family.hub_tower)
     (temporary / "README.md").write_text(card, encoding="utf-8")
+    sync_tree(temporary)
     temporary.replace(directory)
+    sync_directory(directory.parent)
 
 
 def _rename_tower(directory: Path, hub_tower: str) -> None:

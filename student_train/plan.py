@@ -17,13 +17,14 @@ from common.compat import require_fit
 from common.data.open import open_source
 from common.data.source import SampleSource
 from common.errors import ConfigError, MismatchError, PartMissing
+from common.fingerprint import weights_sha256
 from common.models import ModelRef, resolve_model, smallest_of_family
 from schemas.manifest import Manifest
 from student_train.collate import Wanted
 from student_train.config import TrainConfig
 from student_train.losses.terms import TERMS, Term
 from student_train.model import StudentShape, read_shape
-from student_train.recipe import PRESETS, Recipe, Stage, fit_preset, preset_recipe, read_recipe
+from student_train.recipe import PRESETS, STAGES, Recipe, Stage, fit_preset, preset_recipe, read_recipe
 from student_train.sampling import Sampler, make_sampler, stage_seed
 
 
@@ -100,6 +101,7 @@ class Plan:
         return {
             "student": self.student.name,
             "revision": self.student.revision,
+            "weights": self._weights_sha256(),
             "caches": {f"l{n + 1}": identity_sha256(level.manifest) for n, level in enumerate(self.levels)},
             "samples": {f"l{n + 1}": level.cache.num_samples for n, level in enumerate(self.levels)},
             "stages": [
@@ -114,6 +116,11 @@ class Plan:
             "image_grid": self.config.image_grid,
             "overfit_one_batch": self.config.overfit_one_batch,
         }
+
+    def _weights_sha256(self) -> str | None:
+        """A directory's weights may change under its name; a hub revision is the hub's to keep."""
+        directory = Path(self.student.path_or_id)
+        return weights_sha256(directory) if self.student.revision is None and directory.is_dir() else None
 
     def choices(self) -> str:
         """Say in one line what was chosen."""
@@ -196,6 +203,7 @@ def make_plan(config: TrainConfig) -> Plan:
     names = "-".join(Path(level.path).resolve().name for level in levels)
     out = Path(config.out) if config.out else Path("runs") / f"{Path(student.name).name}-{names}"
     stages = plan_stages(config, levels, recipe)
+    notes += stage_notes(stages, lifted=config.recipe is None or config.recipe in PRESETS)
     return Plan(config, student, shape, processor, levels, stages, out, held_out, tuple(notes))
 
 
@@ -314,6 +322,28 @@ def plan_stages(config: TrainConfig, levels: Sequence[Level], recipe: Recipe) ->
             wanted = wanted_targets(level, stage, sampler.seed)
             planned.append(PlannedStage(number, place, stage, sampler, steps, wanted))
     return tuple(planned)
+
+
+MANY_PASSES = 100
+"""Passes over the same samples from which on a stage is worth a note."""
+
+
+def stage_notes(stages: Sequence[PlannedStage], *, lifted: bool) -> list[str]:
+    """Say what of a plan may surprise.
+
+    Args:
+        stages: The plan's.
+        lifted: Whether filters that select no sample were lifted, as `fit_preset` does.
+    """
+    notes = []
+    for each in stages:
+        preset = STAGES["paper"].get(each.stage.name)
+        if lifted and preset and preset.kinds and not each.stage.kinds:
+            notes.append(f"{each.name} takes all samples: its filter {', '.join(preset.kinds)} selects none")
+        passes = each.num_steps / each.sampler.steps_of(1.0)
+        if passes >= MANY_PASSES:
+            notes.append(f"{each.name} goes over its {each.sampler.num_samples} samples {passes:.0f} times")
+    return notes
 
 
 def wanted_targets(level: Level, stage: Stage, seed: int) -> Wanted:

@@ -45,6 +45,7 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
+        self._record = path / "run.json"
 
     def claim(self, *, restart: bool, notes: tuple[str, ...] = ()) -> None:
         """Make the directory this run's; one process calls it.
@@ -63,11 +64,19 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         for torn in self.path.glob(".*.tmp*"):
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        record = self.path / "run.json"
-        if record.exists():
-            refuse_other(self.path, json.loads(record.read_text(encoding="utf-8"))["identity"], self.identity)
-        else:
-            write_json(record, {"identity": self.identity, "notes": notes})
+        self.check()
+        if not self._record.exists():
+            write_json(self._record, {"identity": self.identity, "notes": notes})
+
+    def check(self) -> None:
+        """Refuse a directory that holds another run; touches nothing.
+
+        Raises:
+            TrainingError: It holds a run with other settings; lists the differences.
+        """
+        if self._record.exists():
+            found = json.loads(self._record.read_text(encoding="utf-8"))["identity"]
+            refuse_other(self.path, found, self.identity)
 
     @property
     def finished(self) -> bool:

@@ -21,7 +21,7 @@ from student_train.losses.objective import Counts, Objective, counts_of
 from student_train.losses.rows import Head
 from student_train.losses.terms import RelationTerm, Term
 from student_train.model import Student
-from student_train.optim import learning_rate, make_optimizer, set_learning_rate
+from student_train.optim import learning_rate, make_optimizer, rate_share, set_learning_rate
 from student_train.plan import PlannedStage
 from student_train.sampling import stage_seed
 from student_train.stream import StepInput
@@ -97,8 +97,14 @@ class StageTrainer:
         self._objective = Objective(
             self._stage.terms, divergence=self._stage.divergence, relation=relation, balance=student.balance
         )
-        self.module, self.optimizer = accelerator.prepare(student, make_optimizer(student, self._stage))
-        self._trained = [value for value in self.module.parameters() if value.requires_grad]
+        balance = list(student.parameters_of("balance"))
+        optimizer = make_optimizer(student, self._stage, balance)
+        self.module, self.optimizer = accelerator.prepare(student, optimizer)
+        self._clipped = [
+            value
+            for name, value in self.student.named_parameters()
+            if value.requires_grad and student.part_of(name) != "balance"
+        ]
 
     def step(self, inputs: StepInput) -> StepReport:
         """Take one optimiser step.
@@ -108,7 +114,7 @@ class StageTrainer:
         """
         counts, num_tokens, num_positions = self._count(inputs.batches)
         rate = learning_rate(self._stage, inputs.step, self.planned.num_steps)
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, rate_share(self._stage, inputs.step, self.planned.num_steps))
         torch.manual_seed((self._seed + inputs.step * 8191 + self._accelerator.process_index) % 2**63)
         terms: list[Mapping[Term, Tensor]] = []
         for number, batch in enumerate(inputs.batches):
@@ -119,7 +125,7 @@ class StageTrainer:
                 )
                 self._accelerator.backward(outcome.loss)
             terms.append(outcome.raw)
-        norm = self._accelerator.clip_grad_norm_(self._trained, self._stage.clip)
+        norm = self._accelerator.clip_grad_norm_(self._clipped, self._stage.clip)
         self._guard(inputs, terms, float(norm))
         self.optimizer.step()
         self.optimizer.zero_grad()

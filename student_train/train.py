@@ -23,7 +23,7 @@ from student_train.card import model_card
 from student_train.checkpoint import (
     Checkpoints,
     Cursor,
-    gather,
+    gather_all,
     load_optimizer_state,
     load_tensors,
     optimizer_state,
@@ -31,7 +31,7 @@ from student_train.checkpoint import (
     trained_weights,
 )
 from student_train.config import TrainConfig
-from student_train.evaluate import evaluate, write_results
+from student_train.evaluate import Team, evaluate, write_results
 from student_train.interrupt import Interrupt
 from student_train.keep import BestKeeper, WeightAverage, save_copy
 from student_train.launch import make_accelerator
@@ -283,14 +283,19 @@ class Run:
         self._step_began = time.perf_counter()
 
     def _look(self, total: int) -> dict[str, float]:
-        """Answer the held-out questions when it is time; one process does it."""
+        """Answer the held-out questions when it is time; all processes share them."""
         every = self.plan.config.eval_steps
         if self._keeper is None or every is None or (total % every and total != self.plan.total_steps):
             return {}
         assert self.student is not None
-        values = self._keeper.look(self.student, total) if self._is_main else {}
+        values = self._keeper.look(self.student, total, self._team())
         self.accelerator.wait_for_everyone()
         return values
+
+    def _team(self) -> Team:
+        from accelerate.utils import gather_object
+
+        return Team(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
 
     def _save_checkpoint(self, trainer: StageTrainer, *, ends_stage: bool) -> None:
         """A finished stage leaves its weights; an unfinished one its optimiser and learned factors too."""
@@ -299,8 +304,8 @@ class Run:
         moments: dict[str, torch.Tensor] = {}
         if not ends_stage:
             parts.add("balance")
-            moments = optimizer_state(trainer.optimizer.optimizer, trainer.student)
-        weights = trained_weights(trainer.student, parts)
+            moments = optimizer_state(trainer.optimizer.optimizer, trainer.student, keep=self._is_main)
+        weights = trained_weights(trainer.student, parts, keep=self._is_main)
         if self.average:
             weights |= {f"ema.{name}": value for name, value in self.average.values.items()}
         if self._is_main:
@@ -309,9 +314,8 @@ class Run:
 
     def save_model(self) -> None:
         """Write the finished student with its card, and drop the checkpoints."""
-        if self.directory.finished:
+        if self.student is None:
             return
-        assert self.student is not None
         if self.average and self._is_main:
             shutil.rmtree(self.directory.average_model, ignore_errors=True)
             average = self.average.values | self._average
@@ -319,7 +323,7 @@ class Run:
                 self.student, self.plan, self.plan.processor, self.directory.average_model, weights=average
             )
         self.student.merge_adapters()
-        weights = {name: gather(value) for name, value in self.student.model.state_dict().items()}
+        weights = gather_all(self.student.model.state_dict(keep_vars=True), keep=self._is_main)
         if self._is_main:
             card = model_card(self.plan, dict(self.metrics.last))
             save_student(self.student, self.plan.processor, self.directory.model, card=card, weights=weights)
@@ -327,10 +331,13 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def answer_held_out(self) -> None:
-        """Answer the `--eval` questions with the finished student; one process does it."""
-        if self.plan.held_out is not None and self._is_main:
-            self._scores, answers = evaluate(str(self.directory.model), self.plan.held_out)
-            write_results(self.directory.path, self._scores, answers)
+        """Answer the `--eval` questions with the finished student; all processes share them."""
+        if self.plan.held_out is not None:
+            device, team = self.accelerator.device, self._team()
+            model = str(self.directory.model)
+            self._scores, answers = evaluate(model, self.plan.held_out, device=device, team=team)
+            if self._is_main:
+                write_results(self.directory.path, self._scores, answers)
         self.accelerator.wait_for_everyone()
 
     def summarise(self) -> Summary:

@@ -86,6 +86,15 @@ def test_settings_come_from_the_file_in_the_working_directory(config, capsys, tm
     assert config.cache[0] in capsys.readouterr().out
 
 
+def test_a_dry_run_looks_at_the_run_directory(config, capsys):
+    flags = ["--cache", config.cache[0], "--recipe", config.recipe, "--out", config.out, "--dry-run"]
+    Path(config.out).mkdir(parents=True)
+    (Path(config.out) / "run.json").write_text('{"identity": {"seed": 5}}')
+    assert main(flags) == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert main([*flags, "--restart"]) == 0
+
+
 def test_a_dry_run_as_json_is_json(config, capsys):
     assert main(["--cache", config.cache[0], "--recipe", config.recipe, "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

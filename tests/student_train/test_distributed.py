@@ -71,15 +71,23 @@ def test_two_processes_train_as_one(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_trains_as_one_and_may_recompute(config, tmp_path):
-    train(config.model_copy(update={"max_steps": 5}))
+def test_accelerate_launch_trains_as_one_and_may_recompute(config, tmp_path, held_out):
+    looks = {"eval": str(held_out), "eval_steps": 5, "eval_limit": 11}
+    train(config.model_copy(update={"max_steps": 5, **looks}))
     two = config.model_copy(update={"out": str(tmp_path / "two")})
     launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "student_train"]
-    printed = launch(*launcher, *flags(two), "--max-steps", "5", "--gradient-checkpointing")
+    eyes = ("--eval", str(held_out), "--eval-steps", "5", "--eval-limit", "11")
+    printed = launch(*launcher, *flags(two), "--max-steps", "5", "--gradient-checkpointing", *eyes)
     assert printed.count("stopped at step 5") == 1
     for ours, theirs in zip(lines(two.out), lines(config.out), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    shared, alone = (
+        json.loads((Path(each.out) / "model-best" / "eval.json").read_text()) for each in (two, config)
+    )
+    assert shared["num"] == alone["num"] == 11
+    assert shared["num_kinds"] == alone["num_kinds"]
+    assert shared["overall"] == pytest.approx(alone["overall"], abs=1 / 11 + 1e-6)
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +9,7 @@ from common.data.open import open_source
 from common.errors import ConfigError
 from common.models import TINY
 from student_train.config import EvalConfig
-from student_train.evaluate import Answer, evaluate, matches, read_questions, run_evaluation, score
+from student_train.evaluate import Answer, Team, evaluate, matches, read_questions, run_evaluation, score
 from tests.student_train.conftest import STUDENT
 
 TEACHER = str(TINY / "tiny-l2")
@@ -62,6 +64,28 @@ def test_answers_do_not_depend_on_the_batch(held_out):
 def test_a_trained_teacher_beats_chance(held_out):
     scores, _ = evaluate(TEACHER, open_source(str(held_out)))
     assert scores["overall"] > 0.5
+
+
+def test_a_team_answers_as_one_process_does(held_out):
+    source, lists = open_source(str(held_out)), []
+    for rank in range(3):
+        evaluate(TEACHER, source, limit=20, team=Team(rank, 3, lambda mine: lists.append(mine) or mine))
+    joined = [each for mine in lists for each in mine]
+    scores, answers = evaluate(TEACHER, source, limit=20, team=Team(0, 3, lambda _: joined))
+    assert (scores, answers) == evaluate(TEACHER, source, limit=20)
+
+
+def test_a_torn_image_costs_its_own_questions_only(held_out, tmp_path, caplog):
+    copy = tmp_path / "data"
+    shutil.copytree(held_out.parent, copy)
+    source = open_source(str(copy / held_out.name))
+    first = source[0]
+    (Path(source.image_root) / first.images[0].path).write_bytes(b"no image")
+    lost = sum(sample.images[0].path == first.images[0].path for sample in source)
+    scores, answers = evaluate(STUDENT, source)
+    assert scores["skipped"] == lost
+    assert scores["num"] == len(answers) == 36 - lost
+    assert f"question of sample {first.sample_id} left out" in caplog.text
 
 
 def test_the_command_writes_scores_and_answers(held_out, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from student_train.optim import learning_rate, make_optimizer, set_learning_rate
+from student_train.optim import BALANCE_LEARNING_RATE, learning_rate, make_optimizer, set_learning_rate
 from student_train.recipe import STAGES
 
 STAGE = STAGES["tiny"]["sft"].model_copy(update={"learning_rate": 1.0, "warmup": 0.1})
@@ -53,3 +53,16 @@ def test_decay_spares_biases_and_norms_and_frozen_weights_are_left_out():
     set_learning_rate(optimizer, 0.25)
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
     assert isinstance(optimizer, torch.optim.AdamW)
+
+
+def test_term_weights_learn_at_a_rate_of_their_own():
+    module = nn.Linear(3, 3)
+    weights = nn.Parameter(torch.zeros(2))
+    module.register_parameter("balance", weights)
+    stage = STAGE.model_copy(update={"learning_rate": 2e-5})
+    optimizer = make_optimizer(module, stage, [weights])
+    set_learning_rate(optimizer, 0.5)
+    rates = {id(value): group["lr"] for group in optimizer.param_groups for value in group["params"]}
+    assert rates[id(weights)] == BALANCE_LEARNING_RATE / 2
+    assert rates[id(module.weight)] == rates[id(module.bias)] == 1e-5
+    assert len(rates) == 3

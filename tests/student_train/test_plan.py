@@ -3,7 +3,9 @@ import shutil
 
 import pytest
 
+from common.data.open import open_source
 from common.errors import CacheError, ConfigError, MismatchError
+from scripts.plain_dump import dump_plain
 from student_train.plan import make_plan
 from tests import tiny_families
 from tests.student_train.conftest import STUDENT, TEACHER
@@ -25,6 +27,17 @@ def test_everything_is_chosen_from_the_cache(config, cache, shapes):
     assert plan.out.parts == ("runs", "tiny-student-l1")
     assert str(shapes) in plan.choices()
     assert f"student fits {cache}" in plan.describe()
+
+
+def test_what_may_surprise_is_noted(config, tmp_path, shapes):
+    tables = json.loads(shapes.read_text())
+    few = [{**table, "kind": "qa"} for table in tables if table["kind"] == "qa"][:4]
+    only = tmp_path / "few.json"
+    only.write_text(json.dumps(few))
+    cache = dump_plain(TEACHER, open_source(str(only), image_root=str(shapes.parent)), tmp_path / "zarr")
+    plan = make_plan(config.model_copy(update={"cache": (str(cache),), "recipe": None}))
+    assert "l1/dpt takes all samples: its filter caption selects none" in plan.notes
+    assert any("goes over its 4 samples" in note for note in plan.notes)
 
 
 def test_student_defaults_to_the_smallest_of_the_teachers_family(config):
