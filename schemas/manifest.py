@@ -9,14 +9,19 @@
 Two manifests with equal `identity` fields may share a cache; `LOCATION_FIELDS` may differ.
 """
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from schemas.base import Frozen
 
 FORMAT_NAME: Final = "cascache"
 FORMAT_VERSION: Final = 1
+
+MAX_PARTS: Final = 1 << 20
+"""No level has more parts: raise `part_samples` instead."""
+
+Temperature = Annotated[float, Field(gt=0, le=1000)]
 
 LOCATION_FIELDS = frozenset({"tools", "data_source", "derived_from"})
 """Manifest fields that say where and with what a cache was made, not what it is."""
@@ -59,7 +64,7 @@ class SampleSet(Frozen):
 
     fingerprint: str
     """Over ids, turns and image references of all samples, in order."""
-    num_samples: int = Field(ge=0)
+    num_samples: int = Field(ge=0, le=1 << 40)
     """Samples planned, quarantined ones included."""
     shuffle_seed: int | None = None
     """Seed of the order they were planned in; None for the data's own."""
@@ -77,17 +82,17 @@ class DataSource(Frozen):
 class Capture(Frozen):
     """What was kept of every row."""
 
-    topk: int = Field(ge=1)
+    topk: int = Field(ge=1, le=1 << 20)
     """K at response positions."""
-    visual_topk: int = Field(ge=1)
+    visual_topk: int = Field(ge=1, le=1 << 20)
     """K at image positions."""
     topk_mass: float | None = Field(None, gt=0, le=1)
     """Keep fewer than K once this mass is reached; None keeps K always."""
     sampling: Literal["topk", "random", "topk+random"] = "topk"
     """How the kept ids were chosen."""
-    sampling_draws: int = Field(0, ge=0)
+    sampling_draws: int = Field(0, ge=0, le=1 << 30)
     """Random draws a row, for the random modes."""
-    temperatures: tuple[float, ...] = (1.0,)
+    temperatures: tuple[Temperature, ...] = Field((1.0,), min_length=1, max_length=64)
     """Temperatures whose logsumexp and tail were kept; the first is 1."""
     positions: Literal["response", "visual", "response+visual", "all"] = "response+visual"
     """Rows captured."""
@@ -117,7 +122,7 @@ class Relation(Frozen):
     tolerance: float = Field(1e-3, gt=0)
     """Largest distance ‖R̂ − R̂_A‖ of the unit relation from that of its factor that the rank is chosen for.
     The relative error of an RDist gradient is at most this over sin θ, cos θ = 1 − RDist."""
-    max_rank: int = Field(128, ge=1)
+    max_rank: int = Field(128, ge=1, le=1 << 20)
     """Largest rank kept."""
     hidden_encoding: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     """Encoding of raw hidden states."""
@@ -130,7 +135,7 @@ class Encoding(Frozen):
     """`pcodec`: smallest; `portable`: Blosc bitshuffle + zstd, readable by every Zarr v3 library."""
     logits: Literal["steps", "bfloat16", "float32"] = "steps"
     """Kept logits as whole steps, as exact bfloat16 bits, or as float32."""
-    logit_step: float = Field(0.06, gt=0)
+    logit_step: float = Field(0.06, ge=1e-6, le=16)
     """Step in nats when `logits = "steps"`; the worst error is half of it."""
 
 
@@ -154,11 +159,11 @@ class Manifest(Frozen):
     """Whose knowledge this is."""
     fingerprints: Fingerprints
     """What a student must match."""
-    vocab_rows: int = Field(ge=1)
+    vocab_rows: int = Field(ge=1, le=1 << 24)
     """Rows of the teacher's head, padding included."""
-    vocab_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=1 << 24)
     """Real tokens: ids at and above it never occur in text."""
-    hidden_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1, le=1 << 20)
     """Width D of the teacher's final hidden states."""
     samples: SampleSet
     """The data covered."""
@@ -170,7 +175,7 @@ class Manifest(Frozen):
     """How visual knowledge is stored."""
     encoding: Encoding = Encoding()
     """How arrays lie on disk."""
-    part_samples: int = Field(ge=1)
+    part_samples: int = Field(ge=1, le=1 << 31)
     """Samples a part, except the last."""
     with_images: bool = False
     """Whether the encoded image files are in the cache, so that a student needs no other data."""
@@ -178,6 +183,12 @@ class Manifest(Frozen):
     """The fuller cache this one was taken from, if it is not a dump of its own."""
     tools: dict[str, str] = {}
     """Versions of cascache, vllm, torch, transformers, zarr that wrote it."""
+
+    @model_validator(mode="after")
+    def _plans_few_parts(self) -> Self:
+        if self.num_parts > MAX_PARTS:
+            raise ValueError(f"{self.num_parts} parts, more than {MAX_PARTS}: raise part_samples")
+        return self
 
     @property
     def num_parts(self) -> int:
@@ -208,7 +219,7 @@ class Quarantined(Frozen):
 class PartSeal(Frozen):
     """What makes a part final. What is not sealed does not exist."""
 
-    part: int = Field(ge=0)
+    part: int = Field(ge=0, lt=MAX_PARTS)
     """Index of the part."""
     directory: str
     """Name of the part's directory below `parts/`: its index and a random suffix."""

@@ -6,7 +6,7 @@ Decoded once per block; `record(i)` copies nothing.
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from schemas.manifest import Manifest
 from schemas.sample import Span, Tile
 
 Array = NDArray[Any]
+
+MAX_SCALE: Final = 2.0**64
+"""No scale is larger: times a whole step of 32 bits, it is still a finite float32."""
 
 
 class Block:
@@ -101,7 +104,7 @@ class Block:
                 )
             offsets[name] = ends
         uses = columns.get("sample_images", np.empty(0, np.int32))
-        if len(uses) and not 0 <= uses.min() <= uses.max() < max(len(rank), 1):
+        if len(uses) and not 0 <= uses.min() <= uses.max() < len(rank):
             raise PartCorrupt(f"{self.where}: a sample names an image that the block lacks; {AGAIN}")
         self._check_shapes()
         fault = find_fault(columns, self._manifest.vocab_rows)
@@ -120,7 +123,7 @@ class Block:
         steps = "image_hidden" in columns and columns["image_hidden"].dtype == np.int16
         good &= steps == ("image_hidden_scale" in columns)
         for name in ("image_factor_scale", "image_hidden_scale", "image_errors"):
-            good &= name not in columns or bool(np.isfinite(columns[name]).all())
+            good &= name not in columns or bool((np.abs(columns[name]) <= MAX_SCALE).all())
         if not good:
             raise PartCorrupt(f"{self.where}: its tables contradict each other; {AGAIN}")
 
@@ -229,7 +232,10 @@ class Block:
         scale = None
         if "image_hidden_scale" in self._columns:
             scale = self._columns["image_hidden_scale"][self._slice("image_hidden_scale", image)]
-        return decode_hidden(cells, scale).T
+        hidden = decode_hidden(cells, scale).T
+        if not np.isfinite(hidden).all():
+            raise PartCorrupt(f"{self.where}: image {image} has hidden states that are no numbers; {AGAIN}")
+        return hidden
 
     @cached_property
     def sample_ids(self) -> tuple[str, ...]:

@@ -257,6 +257,7 @@ def _read_arrays(store: Store, attributes: Mapping[str, Any]) -> Index:
     text = _read_array(store, f"{base}/text", int(attributes["num_text_bytes"]))
     table = _read_array(store, f"{base}/samples", 3 * num_records).reshape(3, -1)
     good = all(layout.is_directory_of(name, part) for part, name in directories.items())
+    good = good and np.unique(blocks[:2], axis=1).shape == (2, num_blocks)
     good = good and set(np.unique(blocks[0]).tolist()) <= directories.keys() and bool((blocks[1:] >= 0).all())
     if not good or int(blocks[2].sum()) != num_records:
         raise ValueError("it contradicts itself")

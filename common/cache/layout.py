@@ -18,6 +18,7 @@ import re
 import secrets
 from typing import Any, Final
 
+from common.cache.documents import parse_document
 from schemas.manifest import LOCATION_FIELDS, Manifest
 
 PARTS: Final = "parts"
@@ -34,13 +35,19 @@ KNOWN_NAMES: Final = frozenset({METADATA, PARTS, SEALS, INDEX, WRITING})
 _LATER_FIELDS: Final = ("with_images",)
 """Identity fields that caches of the first days lack: they count only when they are set."""
 
-_DIRECTORY = re.compile(r"(\d{5,9})-[0-9a-f]{6,32}")
+_PART = re.compile(r"[0-9]{5,9}")
+_DIRECTORY = re.compile(r"([0-9]{5,9})-[0-9a-f]{6,32}")
 _FILE = re.compile(r"[a-z_]+/(c\.0\.0|zarr\.json)|zarr\.json")
 
 
 def part_name(part: int) -> str:
     """The five-digit (or longer) name that a part's seal has."""
     return f"{part:05d}"
+
+
+def is_seal_name(name: str) -> bool:
+    """Whether `name` is exactly what `part_name` makes: two names never mean one part."""
+    return _PART.fullmatch(name) is not None and name == part_name(int(name))
 
 
 def new_directory(part: int) -> str:
@@ -87,7 +94,7 @@ def read_guarded_json(text: bytes) -> dict[str, object]:
         ValueError: It is anything else.
     """
     try:
-        attributes = json.loads(text)["attributes"]
+        attributes = parse_document(text)["attributes"]
         found = attributes.pop(GUARD, None)
         if found != _digest(attributes) or guarded_json(attributes) != text:
             raise ValueError("its own checksum does not fit")

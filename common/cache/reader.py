@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +42,7 @@ def scan_parts(store: Store, manifest: Manifest, *, skip: Mapping[int, str] | No
 
 
 def _scan_part(store: Store, manifest: Manifest, part: int) -> Index:
-    seal = read_seal(store, part)
-    if seal.identity_sha256 != layout.identity_sha256(manifest):
-        raise MismatchError(
-            f"part {part} of {store.name} was sealed for another cache; run `cascache repair`"
-        )
+    seal = _read_fitting_seal(store, manifest, part)
     reader = PartReader(store, f"{layout.PARTS}/{seal.directory}")
     texts, tables, counts = [np.zeros(0, np.uint8)], [np.zeros((3, 0), np.int32)], []
     try:
@@ -63,6 +59,25 @@ def _scan_part(store: Store, manifest: Manifest, part: int) -> Index:
     blocks = np.array([[part] * len(counts), range(len(counts)), counts], np.int32).reshape(3, -1)
     names = Names(np.concatenate(texts), np.concatenate(tables, axis=1))
     return Index({part: seal.directory}, blocks, names)
+
+
+def _read_fitting_seal(store: Store, manifest: Manifest, part: int) -> PartSeal:
+    """The seal of a part of this cache's plan.
+
+    Raises:
+        MismatchError: It was sealed for another cache.
+        PartCorrupt: The plan has no such part.
+    """
+    seal = read_seal(store, part)
+    if seal.identity_sha256 != layout.identity_sha256(manifest):
+        raise MismatchError(
+            f"part {part} of {store.name} was sealed for another cache; run `cascache repair`"
+        )
+    if part >= manifest.num_parts:
+        raise PartCorrupt(
+            f"part {part} of {store.name} is none of the plan's {manifest.num_parts}; run `cascache repair`"
+        )
+    return seal
 
 
 class CacheReader:
@@ -152,17 +167,39 @@ class CacheReader:
         """
         if not 0 <= block < self.num_blocks:
             raise IndexError(f"block {block} of {self.num_blocks}")
-        part, local, count = self._index.blocks[:, block].tolist()
+        part, local, _ = self._index.blocks[:, block].tolist()
         reader = self._part(part)
         where = f"block {local} of part {part} of {self.store.name}"
         if local >= reader.num_blocks:
             raise PartCorrupt(f"{where} does not exist; run `cascache finalize` to write the index again")
-        result = Block(reader.read_columns(local), reader.info.codings, self.manifest, where)
-        if len(result) != count:
+        columns = reader.read_columns(local)
+        self._check_names(block, columns, where)
+        return Block(columns, reader.info.codings, self.manifest, where)
+
+    def _check_names(self, block: int, columns: Mapping[str, NDArray[Any]], where: str) -> None:
+        """Refuse an index that names other samples than the block holds: it is not covered by seals.
+
+        Raises:
+            PartCorrupt: They differ.
+        """
+        names = self._index.names
+        start, stop = self.block_offsets[block : block + 2].tolist()
+        first, last = self._text_offsets[block : block + 2].tolist()
+        table, text = names.table[:, start:stop], names.text[first:last]
+        found = columns["sample_columns"]
+        fits = len(found) > 5 and np.array_equal(found[[4, 5, 0]], table)
+        if not fits or not np.array_equal(columns["sample_text"], text):
             raise PartCorrupt(
-                f"{where} holds {len(result)} samples, the index says {count}; run `cascache finalize` again"
+                f"{where} holds other samples than the index says; run `cascache finalize` again"
             )
-        return result
+
+    @cached_property
+    def _text_offsets(self) -> NDArray[np.int64]:
+        """[blocks + 1] where each block's ids start in the index's text."""
+        sizes = np.maximum(self._index.names.table[:2], 0).sum(axis=0, dtype=np.int64)
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        offsets: NDArray[np.int64] = ends[self.block_offsets]
+        return offsets
 
     def read_record(self, sample: str | int) -> Record:
         """Everything about one sample, by id or by record index.
@@ -180,7 +217,13 @@ class CacheReader:
     def _part(self, part: int) -> PartReader:
         with self._lock:
             if part not in self._open:
-                self._open[part] = PartReader(self.store, f"{layout.PARTS}/{self._index.directories[part]}")
+                seal = _read_fitting_seal(self.store, self.manifest, part)
+                if seal.directory != self._index.directories[part]:
+                    raise PartCorrupt(
+                        f"the index of {self.store.name} has part {part} in {self._index.directories[part]}, "
+                        f"its seal in {seal.directory}; run `cascache finalize` to write the index again"
+                    )
+                self._open[part] = PartReader(self.store, f"{layout.PARTS}/{seal.directory}")
             self._open.move_to_end(part)
             while len(self._open) > MAX_OPEN_PARTS:
                 self._open.popitem(last=False)

@@ -1,5 +1,7 @@
 """What a cache says of itself: its manifest, and the seals that make parts exist."""
 
+from typing import Final
+
 from pydantic import ValidationError
 
 from common.cache import layout
@@ -7,6 +9,12 @@ from common.cache.places import Place, as_store
 from common.cache.store import Store
 from common.errors import CacheError, PartMissing
 from schemas.manifest import Manifest, PartSeal
+
+MAX_MANIFEST_BYTES: Final = 1 << 20
+"""No manifest is larger; a writer's has about 3 kB."""
+
+MAX_SEAL_BYTES: Final = 16 << 20
+"""No seal is larger: 20 kB, and a line for each quarantined sample."""
 
 
 def read_manifest(place: Place) -> Manifest:
@@ -21,7 +29,7 @@ def read_manifest(place: Place) -> Manifest:
     store = as_store(place)
     where = f"{store.name}/{layout.METADATA}"
     try:
-        attributes = layout.read_guarded_json(store.read(layout.METADATA))
+        attributes = layout.read_guarded_json(store.read(layout.METADATA, max_bytes=MAX_MANIFEST_BYTES))
     except FileNotFoundError as error:
         raise CacheError(
             f"{store.name} is not a cache: {where} is missing; check the path, or dump one"
@@ -52,7 +60,7 @@ def read_seal(place: Place, part: int) -> PartSeal:
     store = as_store(place)
     key = layout.seal_key(part)
     try:
-        seal = PartSeal.model_validate(layout.read_guarded_json(store.read(key)))
+        seal = PartSeal.model_validate(layout.read_guarded_json(store.read(key, max_bytes=MAX_SEAL_BYTES)))
     except FileNotFoundError as error:
         raise PartMissing(
             f"part {part} of {store.name} is not sealed; run the same teacher-dump again"
@@ -72,7 +80,8 @@ def sealed_parts(place: Place) -> frozenset[int]:
     """Parts that have a seal: one listing."""
     store: Store = as_store(place)
     names = store.names(layout.SEALS)
-    return frozenset(int(name) for name in names if name.isdecimal() and _has_seal(store, int(name)))
+    parts = frozenset(int(name) for name in names if layout.is_seal_name(name))
+    return frozenset(part for part in parts if _has_seal(store, part))
 
 
 def _has_seal(store: Store, part: int) -> bool:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, PagingSpec, standalone
 
 from common.cache.buffers import SHELF
+from common.cache.documents import parse_document
 from common.cache.store import Store
 from common.errors import DataError, PartCorrupt
 from schemas.arrays import Packing
@@ -35,9 +36,13 @@ MAX_CHUNK_VALUES: Final = 1 << 24
 MAX_CHUNKS: Final = 1 << 20
 """No array has more chunks."""
 
+MAX_METADATA_BYTES: Final = 64 << 10
+"""No array's metadata document is larger; a writer's has about 1200 bytes."""
+
 _CRC_BYTES: Final = 4
 _CRC_RESIDUE: Final = 0x48674BC7  # the CRC-32C of any bytes followed by their own CRC-32C
 _BLOSC_HEADER_BYTES: Final = 16
+_LITTLE: Final = {"endian": "little"}
 _CHUNK_SLACK_BYTES: Final = 1 << 16
 _DTYPES: Final = frozenset({"uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64"})
 
@@ -199,15 +204,18 @@ def parse_array_json(text: bytes, where: str) -> ArrayMeta:
         PartCorrupt: The document is not one that this format writes, or asks for too much memory.
     """
     try:
-        document = json.loads(text)
+        document = parse_document(text)
         (sharding,) = document["codecs"]
         inner = sharding["configuration"]
-        names = tuple(codec["name"] for codec in inner["codecs"])
-        num_blocks, capacity = (int(n) for n in document["shape"])
+        codecs, index_codecs = inner["codecs"], inner["index_codecs"]
+        names = tuple(str(codec["name"]) for codec in codecs)
+        num_blocks, capacity = (_whole(n) for n in document["shape"])
         outer, chunk = document["chunk_grid"]["configuration"]["chunk_shape"], inner["chunk_shape"]
-        dtype, sharded = str(document["data_type"]), sharding["name"] == "sharding_indexed"
-        at_end = inner.get("index_location", "end") == "end"
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        dtype = str(document["data_type"])
+        plain = sharding["name"] == "sharding_indexed" and inner.get("index_location", "end") == "end"
+        plain &= [str(codec["name"]) for codec in index_codecs] == ["bytes", "crc32c"]
+        plain &= all(c["configuration"] == _LITTLE for c in (*codecs, *index_codecs) if c["name"] == "bytes")
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise PartCorrupt(
             f"{where} is not the metadata of a sharded Zarr array ({error}); {AGAIN}"
         ) from error
@@ -215,9 +223,9 @@ def parse_array_json(text: bytes, where: str) -> ArrayMeta:
         ("numcodecs.pcodec", "crc32c"): "pcodec",
         ("bytes", "blosc", "crc32c"): "blosc",
     }
-    fits = outer == [num_blocks, capacity] and chunk == [1, capacity] and sharded and at_end
+    fits = outer == [num_blocks, capacity] and chunk == [1, capacity] and plain
     if names not in known or dtype not in _DTYPES or not fits or min(num_blocks, capacity) < 1:
-        found = f"{dtype} [{num_blocks}, {capacity}] in {chunk} through {names}"
+        found = f"{dtype[:40]} [{num_blocks}, {capacity}] through {', '.join(names)[:200]}"
         raise PartCorrupt(f"{where}: {found} is not of this format; {AGAIN}")
     meta = ArrayMeta(np.dtype(dtype), num_blocks, capacity, known[names])
     if capacity * meta.dtype.itemsize > MAX_CHUNK_BYTES or num_blocks > MAX_CHUNKS:
@@ -225,6 +233,12 @@ def parse_array_json(text: bytes, where: str) -> ArrayMeta:
             f"{where}: [{num_blocks}, {capacity}] exceeds {MAX_CHUNK_BYTES} bytes a chunk; refused"
         )
     return meta
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no whole number")
+    return value
 
 
 def decode_chunk(data: bytes, meta: ArrayMeta, out: Array, where: str) -> None:
@@ -251,8 +265,10 @@ def inflate(data: bytes, meta: ArrayMeta, out: Array) -> bool:
     if meta.coding == "pcodec":
         return int(standalone.simple_decompress_into(data, out).n_processed) == out.size
     num_bytes = meta.capacity * meta.dtype.itemsize
-    if len(data) < _BLOSC_HEADER_BYTES or int.from_bytes(data[4:8], "little") != num_bytes:
-        return False
+    held = len(data) - _CRC_BYTES
+    claimed = int.from_bytes(data[4:8], "little"), int.from_bytes(data[12:16], "little")
+    if held < _BLOSC_HEADER_BYTES or claimed != (num_bytes, held):
+        return False  # the decoder believes its header, and would read on behind the buffer
     out[:] = np.frombuffer(blosc.decompress(memoryview(data)[:-_CRC_BYTES]), meta.dtype)[: out.size]
     return True
 
@@ -271,7 +287,8 @@ class ShardReader:
     def __init__(self, store: Store, key: str) -> None:
         self.where = f"{store.name}/{key}"
         try:
-            self.meta = parse_array_json(store.read(f"{key}/zarr.json"), self.where)
+            text = store.read(f"{key}/zarr.json", max_bytes=MAX_METADATA_BYTES)
+            self.meta = parse_array_json(text, self.where)
             self._blob = store.open(f"{key}/{SHARD_NAME}")
         except FileNotFoundError as error:
             raise PartCorrupt(f"{self.where} is missing though its part is sealed; {AGAIN}") from error

@@ -7,7 +7,7 @@ columns + IdCoding ── decode_rows ──> Rows [K, N]
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,12 @@ from common.cache.shard import coding_for, encode_chunk
 from common.record import TopK
 from schemas.arrays import IdScope
 from schemas.manifest import Encoding, Manifest
+
+MASS_SLACK_NATS: Final = 0.05
+"""How far above 0 a float32 may put the logarithm of a mass; encodings add their own error."""
+
+BFLOAT16_ERROR: Final = 2.0**-8
+"""Largest relative error of a rounded logit."""
 
 Array = NDArray[Any]
 Columns = dict[str, Array]
@@ -228,13 +234,15 @@ def decode_rows(
     else:
         scalars = columns["scalars"]
         logprobs = _exact_logprobs(columns, scalars)
-        if np.isnan(scalars).any() or np.isnan(logprobs).any():
-            raise ValueError("NaN")
     lengths = {num_rows, len(positions), scalars.shape[1], sum(owners), len(columns.get("kept", positions))}
     num_temperatures = len(manifest.capture.temperatures)
     fits = len(scalars) == 1 + 2 * num_temperatures and columns.get("counts", codes).shape == codes.shape
     if len(lengths) != 1 or logprobs.shape != codes.shape or not fits:
         raise ValueError(f"shapes disagree: {codes.shape}, {logprobs.shape}, {len(positions)} positions")
+    _check_values(scalars, logprobs, num_temperatures, encoding)
+    _check_kept(
+        columns, scalars[0] if encoding.logits == "steps" else logprobs.min(axis=0, initial=0), num_ranks
+    )
     token_ids = _decode_ids(columns, coding, owners, manifest.vocab_rows)
     if "kept" in columns:
         unused = np.arange(num_ranks)[:, None] >= columns["kept"][None, :]
@@ -243,6 +251,33 @@ def decode_rows(
     counts = columns["counts"].astype(np.int32) if "counts" in columns else None
     tails = scalars[1 : 1 + num_temperatures]
     return Rows(positions, token_ids, logprobs, tails, scalars[1 + num_temperatures :], counts)
+
+
+def _check_values(scalars: Array, logprobs: Array, num_temperatures: int, encoding: Encoding) -> None:
+    """Refuse what is no probability. Levels only fall, so the first rank bounds the others.
+
+    Raises:
+        ValueError: A log of a mass above 1, an infinite logsumexp, or NaN.
+    """
+    tops = logprobs[:1] if encoding.logits == "steps" else logprobs
+    masses, sums = scalars[: 1 + num_temperatures], scalars[1 + num_temperatures :]
+    slack = MASS_SLACK_NATS + (encoding.logit_step / 16 if encoding.logits == "steps" else 0)
+    if encoding.logits == "bfloat16":
+        slack += BFLOAT16_ERROR * float(np.abs(sums[:1]).max(initial=0))
+    good = all(not each.size or bool(each.max() <= slack) for each in (tops, masses))
+    if not good or not np.isfinite(sums).all():
+        raise ValueError("values that are no log-probabilities")
+
+
+def _check_kept(columns: Mapping[str, Array], lowest: Array, num_ranks: int) -> None:
+    """Refuse rows that keep more ids than there are, and kept ids of no probability.
+
+    Raises:
+        ValueError: A row is one of these.
+    """
+    kept = columns.get("kept", np.full(len(lowest), num_ranks))
+    if int(kept.max(initial=0)) > num_ranks or (np.isneginf(lowest) & (kept > 0)).any():
+        raise ValueError(f"a row keeps more than its {num_ranks} ids, or ids of no probability")
 
 
 def _exact_logprobs(columns: Mapping[str, Array], scalars: Array) -> NDArray[np.float32]:
@@ -267,12 +302,14 @@ def _decode_ids(
     if (sizes < 0).any() or int(sizes.sum(dtype=np.int64)) != len(dictionary):
         raise ValueError("dictionary sizes disagree")
     if coding.ranked:
-        dictionary = _checked_ids(columns["ids_by_rank"], vocab).take(dictionary)
+        ids_by_rank = _checked_ids(columns["ids_by_rank"], vocab)
+        dictionary = ids_by_rank.take(_checked_ids(dictionary, len(ids_by_rank)))
     rows = owners if coding.scope == "owner" else (codes.shape[1],)
     return codec.decode_ids(codes, _checked_ids(dictionary, vocab), sizes, rows)
 
 
 def _checked_ids(ids: Array, vocab: int) -> Array:
+    """Ids proven to count from 0 to below `vocab`: a negative one would count from the end."""
     if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab:
         raise ValueError(f"ids outside the vocabulary of {vocab}")
     return ids

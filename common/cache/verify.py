@@ -243,7 +243,7 @@ def _check_leftovers(store: Store, directories: set[str]) -> Iterator[Problem]:
             yield Problem("extra", None, name, "is not part of a cache")
     for name in store.names(layout.SEALS):
         extra = [n for n in store.names(f"{layout.SEALS}/{name}") if n != layout.METADATA]
-        if name != layout.METADATA and (extra or not name.isdecimal()):
+        if name != layout.METADATA and (extra or not layout.is_seal_name(name)):
             yield Problem("extra", None, f"{layout.SEALS}/{name}", "is not a seal")
 
 
