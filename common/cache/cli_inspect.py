@@ -1,9 +1,13 @@
 """`cascache info · verify · repair · finalize`: look at a cache, prove it, mend it."""
 
 import argparse
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from common.cache.commands import Answer, add_command
+
+if TYPE_CHECKING:
+    from schemas.manifest import Manifest, PartSeal
 
 
 def add_commands(subparsers: Any) -> None:
@@ -22,6 +26,7 @@ def add_commands(subparsers: Any) -> None:
 def run_info(arguments: argparse.Namespace) -> tuple[int, Answer]:
     """Counts, sizes and identity of a cache."""
     from common.cache.reader import CacheReader
+    from common.cache.subset import held_groups
 
     with CacheReader(arguments.path) as cache:
         seals = cache.seals.values()
@@ -31,6 +36,9 @@ def run_info(arguments: argparse.Namespace) -> tuple[int, Answer]:
             "path": arguments.path,
             "teacher": cache.manifest.teacher.model,
             "complete": cache.complete,
+            "partial": None if cache.complete else _missing_text(cache.seals, cache.manifest),
+            "arrays": list(held_groups(cache.manifest)),
+            "left_out": list(derived.left_out) if (derived := cache.manifest.derived_from) else [],
             "parts": f"{len(cache.seals)} of {cache.manifest.num_parts}",
             "records": cache.num_samples,
             "quarantined": sum(len(seal.quarantined) for seal in seals),
@@ -42,6 +50,16 @@ def run_info(arguments: argparse.Namespace) -> tuple[int, Answer]:
             "manifest": cache.manifest.model_dump(mode="json"),
         }
     return 0, answer
+
+
+def _missing_text(seals: Mapping[int, "PartSeal"], manifest: "Manifest") -> str:
+    """Which samples of the plan are not here."""
+    covered = sum(seal.num_samples for seal in seals.values())
+    first = next((part for part in range(manifest.num_parts) if part not in seals), 0)
+    return (
+        f"holds {covered} of {manifest.samples.num_samples} planned samples; part {first} is the first one "
+        f"missing: pull again without --samples, or dump on"
+    )
 
 
 def run_verify(arguments: argparse.Namespace) -> tuple[int, Answer]:

@@ -11,6 +11,7 @@ share it: files appear whole or not at all, and what is read from them is checke
 import hashlib
 import logging
 import os
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Final
 import obstore
 from obstore.exceptions import AlreadyExistsError, NotFoundError
 
-from common.cache.store import MAX_WHOLE_BYTES, Blob, scratch_directory
+from common.cache.store import COPY_BYTES, MAX_WHOLE_BYTES, Blob, scratch_directory
 from common.errors import CacheError
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ COPY_BYTES_VARIABLE: Final = "CASCACHE_COPY_BYTES"
 
 UPLOAD_THREADS: Final = 16
 """Files of a part uploaded side by side."""
+
+MULTIPART_BYTES: Final = 8 << 20
+"""Bytes of a piece of a large upload."""
 
 DEFAULT_COPY_BYTES: Final = 20 << 30
 
@@ -176,6 +180,24 @@ class ObjectStore:
             return ObjectBlob(self, key, int(obstore.head(self._store, key)["size"]))
         except (NotFoundError, FileNotFoundError) as error:
             raise FileNotFoundError(f"{self.name}/{key}") from error
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """An object from its start to its end, in one request; never from the copy."""
+        try:
+            found = obstore.get(self._store, key)
+            if found.meta["size"] <= COPY_BYTES:
+                yield bytes(found.bytes())
+            else:
+                yield from map(bytes, found.stream(min_chunk_size=COPY_BYTES))
+        except (NotFoundError, FileNotFoundError) as error:
+            raise FileNotFoundError(f"{self.name}/{key}") from error
+
+    def put(self, key: str, data: bytes | Iterable[bytes]) -> None:
+        """Put an object whole: bytes in one request, pieces in several."""
+        if isinstance(data, bytes):
+            obstore.put(self._store, key, data, use_multipart=False)
+        else:
+            obstore.put(self._store, key, data, chunk_size=MULTIPART_BYTES, max_concurrency=4)
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below a prefix, sorted."""

@@ -12,6 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -22,6 +23,9 @@ MAX_WHOLE_BYTES: Final = 64 << 20
 """No manifest, seal or metadata document is larger: what an untrusted cache can make a reader hold."""
 
 _PIECE_BYTES: Final = 1 << 30
+
+COPY_BYTES: Final = 4 << 20
+"""Bytes of a piece when a file is copied."""
 
 
 class Blob(Protocol):
@@ -60,6 +64,16 @@ class Store(Protocol):
             FileNotFoundError: There is none.
             CacheError: It is not a file.
         """
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """A file from its start to its end, to be copied.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+
+    def put(self, key: str, data: bytes | Iterable[bytes]) -> None:
+        """Write a file whole, in place of one that may be there."""
 
     def links(self) -> list[str]:
         """Symbolic links anywhere in the cache, which holds none."""
@@ -157,6 +171,19 @@ class LocalStore:
             return LocalBlob(self._real_path(key))
         except NotADirectoryError as error:
             raise FileNotFoundError(str(self.root / key)) from error
+
+    def pieces(self, key: str) -> Iterator[bytes]:
+        """A file from its start to its end."""
+        with closing(self.open(key)) as blob:
+            for at in range(0, blob.size, COPY_BYTES):
+                yield blob.read(at, COPY_BYTES)
+
+    def put(self, key: str, data: bytes | Iterable[bytes]) -> None:
+        """Write a file under a temporary name, synced, and rename it."""
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._write_new(data if isinstance(data, bytes) else b"".join(data)).replace(path)
+        sync_directory(path.parent)
 
     def links(self) -> list[str]:
         """Symbolic links anywhere below the root."""

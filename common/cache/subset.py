@@ -1,0 +1,223 @@
+"""Less of a cache: which parts hold the first samples, and parts without some of their arrays.
+
+    topk        top-k rows at response positions      always kept, with token ids and spans
+    visual      top-k rows at image positions    ┐
+    relation    relation factors                 │    may be left out: the manifest then says what a dump
+    hidden      hidden states of images          │    without them would say, and every part gets a new
+    images      encoded image files              ┘    seal, which names the old one
+
+Files that stay are copied and keep their hashes; only the table of images and the part's own metadata
+are written anew.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+import numpy as np
+
+from common.cache import layout
+from common.cache.landing import proven
+from common.cache.shard import (
+    SHARD_NAME,
+    array_json,
+    coding_for,
+    decode_chunk,
+    encode_shard,
+    parse_array_json,
+)
+from common.cache.store import Store
+from common.errors import ConfigError, PartCorrupt
+from schemas.arrays import IMAGE_COLUMNS, IMAGE_FILE_ARRAYS, ROW_ARRAYS, array_table
+from schemas.manifest import Derived, FileSeal, Manifest, PartSeal
+
+Group = Literal["topk", "visual", "relation", "hidden", "images"]
+
+GROUPS: Final[tuple[Group, ...]] = get_args(Group)
+
+ARRAYS: Final[Mapping[Group, frozenset[str]]] = {
+    "visual": frozenset(f"visual_{spec.name}" for spec in ROW_ARRAYS),
+    "relation": frozenset({"image_factor", "image_factor_scale"}),
+    "hidden": frozenset({"image_hidden", "image_hidden_scale"}),
+    "images": frozenset(IMAGE_FILE_ARRAYS),
+}
+"""Arrays of each group that may be left out."""
+
+_COLUMN: Final[Mapping[Group, str]] = {"visual": "num_rows", "relation": "rank", "hidden": "hidden_width"}
+_ERROR: Final[Mapping[Group, str]] = {"relation": "factor_relation", "hidden": "hidden"}
+
+
+def held_groups(manifest: Manifest) -> tuple[Group, ...]:
+    """What a cache holds."""
+    store = manifest.relation.store
+    held: dict[Group, bool] = {
+        "topk": manifest.capture.positions != "visual",
+        "visual": manifest.capture.positions != "response",
+        "relation": store in ("factor", "both"),
+        "hidden": store in ("hidden", "both"),
+        "images": manifest.with_images,
+    }
+    return tuple(group for group in GROUPS if held[group])
+
+
+def parse_arrays(text: str) -> frozenset[Group]:
+    """The groups to keep, from `topk,visual`.
+
+    Raises:
+        ConfigError: An unknown group, or `topk` is not among them.
+    """
+    names = {name.strip() for name in text.split(",")}
+    unknown = sorted(names - set(GROUPS))
+    if unknown or "topk" not in names:
+        found = (
+            f"does not know {unknown[0]!r}" if unknown else f"{text!r} leaves out topk, which always stays"
+        )
+        raise ConfigError(f"--arrays {found}; give topk, and any of {', '.join(GROUPS[1:])}")
+    return frozenset(group for group in GROUPS if group in names)
+
+
+def parse_samples(text: str) -> int:
+    """How many samples, from `first:10000`.
+
+    Raises:
+        ConfigError: It is anything else.
+    """
+    head, _, number = text.partition(":")
+    if head != "first" or not number.isdecimal() or int(number) < 1:
+        raise ConfigError(f"--samples {text!r} is not understood; give first:N, such as first:10000")
+    return int(number)
+
+
+def covering_parts(manifest: Manifest, num_samples: int | None) -> range:
+    """The parts that hold the first samples of the plan: whole ones, so up to a part's samples more."""
+    if num_samples is None:
+        return range(manifest.num_parts)
+    return range(min(manifest.num_parts, -(-num_samples // manifest.part_samples)))
+
+
+def subset_manifest(manifest: Manifest, keep: Iterable[Group]) -> Manifest:
+    """The manifest of a cache that keeps only these groups; the same one when nothing is lost.
+
+    Raises:
+        ConfigError: What is left could not have been dumped.
+    """
+    lost = tuple(group for group in held_groups(manifest) if group not in keep)
+    if not lost:
+        return manifest
+    if "visual" in lost and manifest.capture.positions != "response+visual":
+        raise ConfigError(f"the cache holds {manifest.capture.positions} rows only; they cannot be left out")
+    left = [g for g in held_groups(manifest) if g in ("relation", "hidden") and g not in lost]
+    names: dict[tuple[str, ...], str] = {("relation", "hidden"): "both", ("relation",): "factor"}
+    store = names.get(tuple(left), left[0] if left else "none")
+    positions = "response" if "visual" in lost else manifest.capture.positions
+    before = manifest.derived_from
+    derived = Derived(
+        identity_sha256=before.identity_sha256 if before else layout.identity_sha256(manifest),
+        left_out=tuple(g for g in GROUPS if g in lost or (before is not None and g in before.left_out)),
+    )
+    fields = manifest.model_dump() | {
+        "capture": manifest.capture.model_dump() | {"positions": positions},
+        "relation": manifest.relation.model_dump() | {"store": store},
+        "with_images": manifest.with_images and "images" not in lost,
+        "derived_from": derived.model_dump(),
+    }
+    return Manifest.model_validate(fields)
+
+
+@dataclass(frozen=True, slots=True)
+class PartFiles:
+    """What a part of the target will be."""
+
+    seal: PartSeal
+    """Its seal."""
+    document: bytes
+    """The seal as it will stand in the target."""
+    source: str
+    """Key of the part's directory in the source."""
+    written: Mapping[str, bytes]
+    """Files that do not come from the source as they are."""
+
+
+def same_part(seal: PartSeal, document: bytes) -> PartFiles:
+    """A part that is copied as it is, seal and all."""
+    return PartFiles(seal, document, f"{layout.PARTS}/{seal.directory}", {})
+
+
+def subset_part(
+    store: Store, seal: PartSeal, document: bytes, *, lost: Iterable[Group], identity_sha256: str
+) -> PartFiles:
+    """A part without some groups.
+
+    Args:
+        store: The source.
+        seal: The part's seal there.
+        document: The same as it stands there.
+        lost: Groups to leave out.
+        identity_sha256: Identity of the target.
+
+    Raises:
+        PartCorrupt: A file that has to be read is not what was sealed.
+    """
+    lost = tuple(lost)
+    doomed = frozenset[str]().union(*(ARRAYS[group] for group in lost))
+    base = f"{layout.PARTS}/{seal.directory}"
+
+    def read(name: str) -> bytes:
+        where = f"{base}/{name}"
+        return b"".join(proven(store.pieces(where), seal.files[name], f"{store.name}/{where}"))
+
+    try:
+        attributes = layout.read_guarded_json(read(layout.METADATA))
+        arrays, ids = (dict(attributes[name]) for name in ("arrays", "ids"))  # type: ignore[call-overload]
+        written = _image_table(read, arrays, lost) if "image_columns" in arrays else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PartCorrupt(f"{store.name}/{base} is damaged ({error}); run `cascache verify`") from error
+    arrays = {name: used for name, used in arrays.items() if name not in doomed}
+    if "visual" in lost:
+        ids.pop("visual", None)
+    written[layout.METADATA] = layout.guarded_json(attributes | {"arrays": arrays, "ids": ids})
+    files = {name: file for name, file in seal.files.items() if name.partition("/")[0] not in doomed}
+    files |= {
+        name: FileSeal(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        for name, data in written.items()
+    }
+    changed = seal.model_copy(
+        update={
+            "directory": layout.derived_directory(seal.part, seal.directory, identity_sha256),
+            "identity_sha256": identity_sha256,
+            "derived_from": hashlib.sha256(document).hexdigest(),
+            "num_visual_rows": 0 if "visual" in lost else seal.num_visual_rows,
+            "errors": {k: v for k, v in seal.errors.items() if k not in {_ERROR.get(g) for g in lost}},
+            "fidelity": {
+                k: v for k, v in seal.fidelity.items() if "visual" not in lost or not k.startswith("visual_")
+            },
+            "files": dict(sorted(files.items())),
+        }
+    )
+    return PartFiles(changed, layout.guarded_json(changed.model_dump(mode="json")), base, written)
+
+
+def _image_table(
+    read: Callable[[str], bytes], arrays: Mapping[str, Mapping[str, list[int]]], lost: Iterable[Group]
+) -> dict[str, bytes]:
+    """`image_columns`, its counts of what is left out set to −1: nothing is kept."""
+    name, where = "image_columns", "the table of images"
+    meta = parse_array_json(read(f"{name}/{layout.METADATA}"), where)
+    shard = read(f"{name}/{SHARD_NAME}")
+    tail = meta.num_blocks * 16 + 4
+    index = np.frombuffer(shard[-tail:-4], "<u8").reshape(-1, 2).tolist()
+    rows = [IMAGE_COLUMNS.index(_COLUMN[group]) for group in lost if group in _COLUMN]
+    pieces = []
+    for (offset, length), used in zip(index, arrays[name]["lengths"], strict=True):
+        table = np.empty(len(IMAGE_COLUMNS) * used, meta.dtype)
+        decode_chunk(shard[offset : offset + length], meta, table, where)
+        table.reshape(len(IMAGE_COLUMNS), used)[rows] = -1
+        pieces.append(table)
+    profile = "portable" if meta.coding == "blosc" else "pcodec"
+    coding = coding_for(profile, meta.dtype, array_table()[name].packing)
+    data, capacity = encode_shard(pieces, [max(1, piece.size) for piece in pieces], coding)
+    return {
+        f"{name}/{SHARD_NAME}": data,
+        f"{name}/{layout.METADATA}": array_json(meta.dtype, (meta.num_blocks, capacity), coding),
+    }
