@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from common.cache.order import epoch_order
 from common.errors import ConfigError
+from common.streams import stream
 from student_train.recipe import Stage
 
 SORTED_TOGETHER: Final = 2048
@@ -155,7 +156,7 @@ class TokenSampler(Sampler):
             window = order[start : start + SORTED_TOGETHER]
             window = window[np.argsort(self._lengths[window], kind="stable")]
             batches += pack(window, self._lengths[window], self._budget)
-        shuffled = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(batches))
+        shuffled = stream(self.seed, epoch).permutation(len(batches))
         return [batches[place] for place in shuffled]
 
     def batch(self, step: int) -> NDArray[np.int64]:
@@ -219,5 +220,5 @@ def choose_positions(
     """
     if keep is None or keep >= num:
         return np.arange(num)
-    generator = np.random.Generator(np.random.Philox(key=[seed, (epoch << 48) ^ (sample << 8) ^ image]))
-    return np.sort(generator.choice(num, keep, replace=False, shuffle=False))
+    draw = stream(seed, (epoch << 48) ^ (sample << 8) ^ image)
+    return np.sort(draw.choice(num, keep, replace=False, shuffle=False))

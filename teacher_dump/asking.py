@@ -19,11 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.data.open import open_source
 from common.data.source import SampleSource
 from common.errors import ConfigError, DataError
+from common.streams import key_of, stream
 from schemas.sample import ImageRef, Sample
 from teacher_dump.config import DumpConfig
 
@@ -86,9 +85,7 @@ def asked(
         if name in seen:
             continue
         seen.add(name)
-        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-        draw = np.random.Generator(np.random.Philox(key=[seed, key]))
-        chosen = draw.permutation(len(questions))[:asks]
+        chosen = stream(seed, key_of(name)).permutation(len(questions))[:asks]
         for number, place in enumerate(chosen, 1):
             content = [{"type": "image"}, {"type": "text", "text": questions[place]}]
             entry = {

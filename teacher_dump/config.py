@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from schemas.base import Frozen
+from schemas.manifest import Encoding
 
 
 class DumpConfig(Frozen):
@@ -71,7 +72,7 @@ class DumpConfig(Frozen):
     """pcodec: smallest; portable: readable by every Zarr v3 library."""
     logits: Literal["steps", "bfloat16", "float32"] = "steps"
     """Encoding of kept logits."""
-    logit_step: float = Field(1 / 32, gt=0)
+    logit_step: float = Field(Encoding.model_fields["logit_step"].default, gt=0)
     """Step of kept logits in nats when they are kept as steps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the teacher computes in; auto takes what its weights are in."""
@@ -97,7 +98,7 @@ class DumpConfig(Frozen):
     """Largest share of samples that may be unusable before the dump stops."""
     threads: int = Field(4, ge=1)
     """Threads that read images and tokenise ahead of the engine."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """Seed of every random choice."""
     status: bool = False
     """Say how far the dump at --out is, running or stopped, and stop."""
@@ -168,7 +169,7 @@ class AuditConfig(Frozen):
     """Directory that relative image paths start from."""
     max_kl: float = Field(0.05, gt=0)
     """Largest mean divergence, in nats, that still passes."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**64)
     """Of the draw."""
     json_: bool = Field(False, alias="json")
     """Print the result as JSON."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from common.chat import ImageSpan
 from common.record import Record, TopK, VisualRecord
 from common.spans import response_rows
+from common.streams import stream
 from schemas.manifest import Capture, Quarantined
 from teacher_dump.answers import Answerer
 from teacher_dump.engine import Engine, Submission
@@ -146,7 +147,7 @@ def visual_rows(image: ImageSpan, capture: Capture) -> NDArray[np.int32]:
     length = image.stop - image.start
     if capture.visual_fraction == 1.0:
         return np.arange(image.start, image.stop, dtype=np.int32)
-    draw = np.random.Generator(np.random.Philox(key=[capture.seed, int(image.key[:16], 16)]))
+    draw = stream(capture.seed, int(image.key[:16], 16))
     kept = draw.permutation(length)[: max(1, round(length * capture.visual_fraction))]
     return (np.sort(kept) + image.start).astype(np.int32)
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from common.streams import key_of, stream
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -200,8 +202,7 @@ class Captured:
 
 def uniforms(seed: int, name: str, shape: tuple[int, int]) -> NDArray[np.float64]:
     """Numbers in [0, 1) that depend on the seed, the name and their place alone."""
-    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=[seed, key])).random(shape)
+    return stream(seed, key_of(name)).random(shape)
 
 
 def hash_tokens(token_ids: NDArray[np.int32]) -> str:

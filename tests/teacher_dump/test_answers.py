@@ -20,6 +20,7 @@ from common.errors import ConfigError, DataError
 from common.images import decode_image, image_bytes
 from common.models import resolve_model
 from common.record import Record
+from schemas.manifest import Encoding
 from schemas.sample import ImageRef
 from student_train.cli import main as student_train
 from teacher_dump.asking import asked, open_data, read_questions, repeated
@@ -31,6 +32,9 @@ from tests.teacher_dump.test_dump import assert_same
 
 CASES = ["answered", "asked", "sampled:random", "sampled:mixed", "sampled:mass"]
 TEACHER = resolve_model("tiny").path_or_id
+STEP = Encoding().logit_step
+LOGIT_ERROR = STEP / 2 + STEP / 32 + 1e-3
+"""What the encoding may be off by, and what vLLM and transformers differ by."""
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +146,7 @@ def test_an_audit_finds_the_cache_to_be_its_teacher_s(
     found = json.loads(capsys.readouterr().out)
     for kind in ("response", "visual"):
         assert found[kind]["rows"] > 0
-        assert found[kind]["max_logit_error"] <= 1 / 64 + 1e-3, "half a step of the encoding"
+        assert found[kind]["max_logit_error"] <= LOGIT_ERROR
         assert found[kind]["topk_agreement"] > 0.99
         assert 0 <= found[kind]["kl_mean_nats"] <= found[kind]["kl_max_nats"] < 1e-3
     assert found["max_factor_error"] < 3e-3
@@ -169,7 +173,7 @@ def test_sampled_ids_are_kept_and_pass_the_audit(
         assert (kept.counts.sum(-1) == {"random": 40, "mixed": 20}[mode]).all()
         assert ((kept.counts == 0) & used).sum(-1).max() == {"random": 0, "mixed": 16}[mode]
     assert main(["verify", str(root / mode), "--sample", "3", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["response"]["max_logit_error"] <= 1 / 64 + 1e-3
+    assert json.loads(capsys.readouterr().out)["response"]["max_logit_error"] <= LOGIT_ERROR
 
 
 @pytest.mark.slow
