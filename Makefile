@@ -26,6 +26,9 @@ bench-student: setup  ## a training step beside plain fine-tuning and online dis
 soak: setup  ## kills, corruptions, full disks: nothing lost, nothing silently wrong -> build/bench/soak.json
 	@$(PY) -m scripts.soak
 
+fuzz: setup  ## two minutes of hostile caches: no crash, no wrong value -> build/bench/fuzz.json
+	@OMP_NUM_THREADS=1 $(PY) -m scripts.fuzz_cache
+
 lint: setup  ## ruff
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .

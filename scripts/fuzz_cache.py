@@ -12,6 +12,7 @@ python -m scripts.fuzz_cache [--seconds 120] [--seed 0] [--out build/bench/fuzz.
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import resource
@@ -31,11 +32,14 @@ from common.cache.verify import verify
 from common.cache.writer import CacheWriter
 from common.errors import CascacheError
 from common.record import Record, TopK
+from schemas.manifest import Encoding, Relation
 from scripts.fuzz_mutations import Mutation, draw, mutate, restore
 from scripts.soak_data import NUM_PARTS, PART_SAMPLES, VOCAB, level, part_records, same_record
 
 FORK: Final = multiprocessing.get_context("fork")
 FUZZ_PARTS: Final = 2
+VARIANTS: Final = 2
+POOL_IDS: Final = 12
 HANG_SECONDS: Final = 60.0
 SLACK_NATS: Final = 0.1
 """What rounding may add to a log-probability."""
@@ -43,20 +47,52 @@ SLACK_NATS: Final = 0.1
 _KEPT_FAILURES: Final = 40
 
 
-def make_cache(root: Path) -> dict[str, Record]:
-    """Write a small level of two parts and its index; returns the truth."""
-    manifest = level(0).model_copy(
-        update={"samples": level(0).samples.model_copy(update={"num_samples": FUZZ_PARTS * PART_SAMPLES})}
-    )
+def make_cache(root: Path, variant: int = 0) -> dict[str, Record]:
+    """Write a small level of two parts and its index.
+
+    Args:
+        root: Where to.
+        variant: 0: pcodec, steps, factors. 1: portable, bfloat16 logits, dictionaries, hidden states too.
+
+    Returns:
+        The truth, by sample id.
+    """
     assert FUZZ_PARTS < NUM_PARTS
-    writer = CacheWriter.open(str(root), manifest, block_rows=60)
+    plain = level(0)
+    changes: dict[str, Any] = {
+        "samples": plain.samples.model_copy(update={"num_samples": FUZZ_PARTS * PART_SAMPLES})
+    }
+    if variant:
+        changes["encoding"] = Encoding(profile="portable", logits="bfloat16")
+        changes["relation"] = Relation(store="both", hidden_encoding="int8")
+    writer = CacheWriter.open(str(root), plain.model_copy(update=changes), block_rows=60)
     truth: dict[str, Record] = {}
     for part in range(FUZZ_PARTS):
         records = part_records(0, part)
+        if variant:
+            rng = np.random.default_rng(part)
+            records = tuple(_with_few_ids(record, rng) for record in records)
         writer.write_part(part, records, first_sample=part * PART_SAMPLES, num_samples=len(records))
         truth |= {record.sample_id: record for record in records}
     writer.finalize()
     return truth
+
+
+def _with_few_ids(record: Record, rng: np.random.Generator) -> Record:
+    """The same record with ids from a small pool, and hidden states at its images."""
+    images = []
+    for image in record.visual:
+        pool = np.random.default_rng(int(image.key[:8], 16))
+        hidden = pool.normal(size=(image.num_positions, 8)).astype(np.float32)
+        topk = None if image.topk is None else _narrow(image.topk, pool)
+        images.append(dataclasses.replace(image, hidden=hidden, topk=topk))
+    return dataclasses.replace(record, response=_narrow(record.response, rng), visual=tuple(images))
+
+
+def _narrow(rows: TopK, rng: np.random.Generator) -> TopK:
+    pool = rng.permutation(VOCAB)[:POOL_IDS]
+    order = np.argsort(rng.random((len(rows.positions), POOL_IDS)), axis=1)[:, : rows.token_ids.shape[1]]
+    return dataclasses.replace(rows, token_ids=pool[order].astype(np.int32))
 
 
 def judge(root: Path, truth: dict[str, Record], *, resealed: bool) -> str:
@@ -101,8 +137,8 @@ def sane(record: Record) -> bool:
 
 
 def _sane_factors(record: Record) -> bool:
-    held = [image.factor for image in record.visual if image.factor is not None]
-    return all(bool(np.isfinite(factor).all()) for factor in held)
+    held = [each for image in record.visual for each in (image.factor, image.hidden) if each is not None]
+    return all(bool(np.isfinite(each).all()) for each in held)
 
 
 def _sane_rows(rows: TopK, length: int) -> bool:
@@ -128,15 +164,19 @@ def try_one(root: Path, truth: dict[str, Record], mutation: Mutation) -> str:
         return f"crash: {traceback.format_exc()}"
 
 
-def _child(pipe: Connection, work: Path, truth: dict[str, Record], seed: int, first: int) -> None:
+Truths = list[dict[str, Record]]
+
+
+def _child(pipe: Connection, work: Path, truths: Truths, seed: int, first: int) -> None:
     """Try mutation after mutation, saying before each what it is."""
-    pristine, root = work / "pristine", work / "mutated"
-    last: Mutation | None = None
+    lasts: list[Mutation | None] = [None] * VARIANTS
     for index in range(first, first + 100_000):
+        variant = index % VARIANTS
+        pristine, root, last = work / f"pristine-{variant}", work / f"mutated-{variant}", lasts[variant]
         mutation = draw(np.random.default_rng([seed, index]), pristine)
         pipe.send(("try", index, mutation))
         restore(pristine, root, last)
-        outcome, last = try_one(root, truth, mutation), mutation
+        outcome, lasts[variant] = try_one(root, truths[variant], mutation), mutation
         pipe.send(("done", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, outcome))
 
 
@@ -150,10 +190,10 @@ def run(seconds: float = 120.0, seed: int = 0) -> dict[str, Any]:
     deadline, index = time.monotonic() + seconds, 0
     with tempfile.TemporaryDirectory(prefix="cascache-fuzz-") as name:
         work = Path(name)
-        truth = make_cache(work / "pristine")
+        truths = [make_cache(work / f"pristine-{variant}", variant) for variant in range(VARIANTS)]
         while time.monotonic() < deadline:
             ours, theirs = FORK.Pipe(duplex=False)
-            child = FORK.Process(target=_child, args=(theirs, work, truth, seed, index), daemon=True)
+            child = FORK.Process(target=_child, args=(theirs, work, truths, seed, index), daemon=True)
             child.start()
             theirs.close()
             mutation: Mutation | None = None

@@ -103,7 +103,7 @@ def reseal(root: Path, names: dict[str, str]) -> None:
     ):
         manifest = Manifest.model_validate(_attributes(root / layout.METADATA))
         identity = layout.identity_sha256(manifest)
-        for seal in root.glob("seals/*/zarr.json"):
+        for seal in (path for path in root.glob("seals/*/zarr.json") if path.is_file()):
             _update(seal, {"identity_sha256": identity})
         _update(root / "index" / layout.METADATA, {"identity_sha256": identity})
     for document, directory in (("seals/00000", names["part"]), ("index", names["index"])):
@@ -113,6 +113,8 @@ def reseal(root: Path, names: dict[str, str]) -> None:
 
 
 def _attributes(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # a pipe would wait for a writer
+        raise ValueError(f"{path} is no file")
     attributes: dict[str, Any] = json.loads(path.read_text("utf-8"))["attributes"]
     attributes.pop(layout.GUARD, None)
     return attributes
@@ -329,7 +331,11 @@ def restore(pristine: Path, root: Path, last: Mutation | None) -> None:
         last: What was done to it since; None copies everything anew.
     """
     if last is None or last.kind == "file":
-        shutil.rmtree(root, ignore_errors=True)
+        aside = root.with_name(f"{root.name}-aside")
+        if root.is_symlink():
+            root.unlink()
+        for directory in (root, aside):
+            shutil.rmtree(directory, ignore_errors=True)
         shutil.copytree(pristine, root)
         return
     touched = [

@@ -43,6 +43,9 @@ INDEX_FILES: Final = frozenset(
 ) | {layout.METADATA}
 """Every file of an index, relative to its directory."""
 
+READ_ATTEMPTS: Final = 8
+"""How often an index is read anew that another process replaces meanwhile."""
+
 _CURE: Final = "run `cascache finalize` to write it again"
 _POINTER: Final = f"{layout.INDEX}/{layout.METADATA}"
 
@@ -225,14 +228,14 @@ def read_index(store: Store, manifest: Manifest) -> Index | None:
     Raises:
         CacheError: It is damaged or of another cache.
     """
-    for last in (False, True):
+    for left in reversed(range(READ_ATTEMPTS)):
         attributes = _read_pointer(store)
         if attributes is None:
             return None
         try:
             return _read_described(store, manifest, attributes)
         except CacheError:
-            if last or _pointer(store) == attributes:  # else it was replaced while it was read
+            if not left or _pointer(store) == attributes:  # else it was replaced while it was read
                 raise
     return None
 
