@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cache.layout import identity_sha256
+from common.cache.own_samples import OwnSamples
 from common.cache.reader import CacheReader
 from common.chat import load_processor
 from common.compat import require_fit
@@ -210,7 +211,8 @@ def make_plan(config: TrainConfig) -> Plan:
 def open_level(path: str, config: TrainConfig) -> Level:
     """Open a cache and the samples it was dumped from.
 
-    The samples are where `--data` says, else where the cache says the dump found them.
+    The samples are where `--data` says, else in the cache itself, if it keeps image files, else where it
+    says the dump found them.
 
     Raises:
         CacheError: The cache is missing or damaged.
@@ -220,6 +222,8 @@ def open_level(path: str, config: TrainConfig) -> Level:
     cache = CacheReader(path)
     if not cache.num_samples:
         raise PartMissing(f"{path} holds no finished part yet; run its teacher-dump command again")
+    if config.data is None and cache.manifest.with_images:
+        return Level(path, cache, OwnSamples(cache))
     found = cache.manifest.data_source
     data = config.data or (found.path if found else None)
     if data is None:

@@ -68,6 +68,8 @@ class DumpConfig(Frozen):
     """Largest rank kept."""
     hidden_encoding: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     """Encoding of raw hidden states."""
+    with_images: bool = False
+    """Keep the encoded image files too, each once: then a student needs nothing but the cache."""
     profile: Literal["pcodec", "portable"] = "pcodec"
     """pcodec: smallest; portable: readable by every Zarr v3 library."""
     logits: Literal["steps", "bfloat16", "float32"] = "steps"

@@ -115,6 +115,7 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
         ),
         encoding=Encoding(profile=config.profile, logits=config.logits, logit_step=config.logit_step),
         part_samples=plan.part_samples,
+        with_images=config.with_images,
         tools=_tools(),
     )
 

@@ -28,7 +28,13 @@ def make_capture(engine: Engine, config: DumpConfig, teacher: Teacher, capture: 
             vocab_size=teacher.vocab_size,
             vocab_rows=teacher.vocab_rows,
         )
-    return PartCapture(engine, capture, wave=config.max_num_seqs, answerer=answerer)
+    return PartCapture(
+        engine,
+        capture,
+        wave=config.max_num_seqs,
+        answerer=answerer,
+        with_images=config.with_images,
+    )
 
 
 def capture_part(

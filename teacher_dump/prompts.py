@@ -49,6 +49,8 @@ class Prepared:
     """`pixel_identity` of each, taken where they were decoded."""
     asked: Asked | None = None
     """What is still to be answered; `prompt` ends where the first answer starts."""
+    encoded: tuple[bytes, ...] = ()
+    """The files the images were decoded from."""
 
 
 class Preparer:
@@ -72,14 +74,15 @@ class Preparer:
         try:
             sample = self._source[index]
             images = [self._read(ref, sample) for ref in sample.images]
-            inputs = tuple(each for each, _ in images)
+            inputs = tuple(each for each, _, _ in images)
             with self._tokenizer:
                 prompt, asked = self._prompt(sample, inputs)
         except DataError as error:
             return Quarantined(sample_id=self._ids[index], reason=error.reason, detail=str(error))
-        shown = tuple(pixels for _, pixels in images)
+        shown = tuple(pixels for _, pixels, _ in images)
+        encoded = tuple(data for _, _, data in images)
         identities = tuple(map(pixel_identity, shown))
-        return Prepared(sample.sample_id, sample.kind, prompt, shown, identities, asked)
+        return Prepared(sample.sample_id, sample.kind, prompt, shown, identities, asked, encoded)
 
     def _prompt(self, sample: Sample, inputs: tuple[ImageInput, ...]) -> tuple[Prompt, Asked | None]:
         if not self._asks:
@@ -94,12 +97,12 @@ class Preparer:
             )
         return prompt, Asked(dialogue, inputs)
 
-    def _read(self, ref: ImageRef, sample: Sample) -> tuple[ImageInput, "Image"]:
+    def _read(self, ref: ImageRef, sample: Sample) -> tuple[ImageInput, "Image", bytes]:
         root = self._source.image_root
         encoded = image_bytes(ref, root)
         where = f"{image_path(ref, root) or 'inline'} of {sample.sample_id}"
         pixels = decode_image(encoded, where=where)
-        return ImageInput(hashlib.sha256(encoded).hexdigest(), pixels.height, pixels.width), pixels
+        return ImageInput(hashlib.sha256(encoded).hexdigest(), pixels.height, pixels.width), pixels, encoded
 
 
 def prepare_ahead(

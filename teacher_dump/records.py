@@ -8,7 +8,7 @@ When the sample that asked for an image is refused, the others ask again in a wa
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,13 @@ class PartCapture:
     """Runs parts through the engine, one after another; image knowledge is shared within a part."""
 
     def __init__(
-        self, engine: Engine, capture: Capture, *, wave: int, answerer: Answerer | None = None
+        self,
+        engine: Engine,
+        capture: Capture,
+        *,
+        wave: int,
+        answerer: Answerer | None = None,
+        with_images: bool = False,
     ) -> None:
         """Start with nothing known.
 
@@ -54,8 +60,10 @@ class PartCapture:
             capture: What is kept.
             wave: Samples submitted together.
             answerer: Answers samples first, where the teacher gives the responses.
+            with_images: Whether records carry the encoded image files.
         """
         self._engine, self._capture, self.wave, self._answerer = engine, capture, wave, answerer
+        self._with_images = with_images
         self._bank: dict[str, VisualRecord] = {}
 
     def run(self, items: Iterable[Prepared | Quarantined]) -> Iterator[list[Record | Quarantined]]:
@@ -137,6 +145,8 @@ class PartCapture:
         rows = response_rows(prompt.spans) if "response" in capture.positions else np.empty(0, np.int32)
         response = captured.response or _no_rows(capture.topk, len(capture.temperatures))
         visual = tuple(self._bank.get(image.key) or _seen(image) for image in prompt.images)
+        if self._with_images:
+            visual = tuple(replace(v, encoded=data) for v, data in zip(visual, item.encoded, strict=False))
         return Record(
             item.sample_id, item.kind, prompt.token_ids, prompt.spans, to_topk(response, rows), visual
         )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from common.cache.bounds import find_fault
 from common.cache.codec import IdCoding
+from common.cache.image_files import unpack_image_files
 from common.cache.shard import AGAIN
 from common.cache.states import decode_factor, decode_hidden
 from common.cache.tables import Rows, decode_rows
@@ -107,6 +108,8 @@ class Block:
         if len(uses) and not 0 <= uses.min() <= uses.max() < len(rank):
             raise PartCorrupt(f"{self.where}: a sample names an image that the block lacks; {AGAIN}")
         self._check_shapes()
+        if "image_files" in columns:
+            unpack_image_files(columns, self.where)
         fault = find_fault(columns, self._manifest.vocab_rows)
         if fault is not None:
             raise PartCorrupt(f"{self.where}: {fault.owner} {fault.number} {fault.text}; {AGAIN}")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from common.cache import states
 from common.cache.bounds import find_fault
 from common.cache.codec import IdCoding
+from common.cache.image_files import pack_image_files
 from common.cache.tables import TableRows, choose_ids, encode_table
 from common.errors import DataError
 from common.record import Record, TopK, VisualRecord
@@ -173,7 +174,7 @@ def _pack_images(images: Sequence[VisualRecord], manifest: Manifest, errors: dic
     }
     columns |= _pack_factors(images, manifest.relation.tolerance * states.TOLERANCE_SHARE, errors)
     columns |= _pack_hidden(images, manifest.relation.hidden_encoding, errors)
-    return columns
+    return columns | (pack_image_files(images) if manifest.with_images else {})
 
 
 def _pack_factors(images: Sequence[VisualRecord], tolerance: float, errors: dict[str, float]) -> Columns:

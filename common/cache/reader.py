@@ -7,7 +7,9 @@ open:   index/ if it is there, and the tables of parts sealed after it
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from common.cache import layout
 from common.cache.block import Block
+from common.cache.image_files import image_hashes, unpack_image_files
 from common.cache.index import Index, Names, decode_names, join, read_index
 from common.cache.part import PartReader
 from common.cache.places import open_store
@@ -24,10 +27,26 @@ from common.cache.shard import AGAIN
 from common.cache.store import Store
 from common.errors import MismatchError, PartCorrupt
 from common.record import Record
+from schemas.arrays import IMAGE_FILE_ARRAYS, SAMPLE_COLUMNS
 from schemas.manifest import Manifest, PartSeal
 
 MAX_OPEN_PARTS: Final = 24
 """Parts whose files stay open; about 25 files each."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockImages:
+    """The image files of a block."""
+
+    uses: Sequence[tuple[str, ...]]
+    """SHA-256 of each image of each sample."""
+    files: Mapping[str, bytes]
+    """SHA-256 → the encoded file."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(len(data) for data in self.files.values())
 
 
 def scan_parts(store: Store, manifest: Manifest, *, skip: Mapping[int, str] | None = None) -> Index:
@@ -172,9 +191,35 @@ class CacheReader:
         where = f"block {local} of part {part} of {self.store.name}"
         if local >= reader.num_blocks:
             raise PartCorrupt(f"{where} does not exist; run `cascache finalize` to write the index again")
-        columns = reader.read_columns(local)
+        names = [name for name in reader.arrays if name not in IMAGE_FILE_ARRAYS]
+        columns = reader.read_columns(local, names)
         self._check_names(block, columns, where)
         return Block(columns, reader.info.codings, self.manifest, where)
+
+    def read_images(self, block: int) -> BlockImages:
+        """The encoded image files of a block, proven against their hashes.
+
+        Raises:
+            IndexError: There is no such block.
+            PartCorrupt: Its bytes are not what was written.
+        """
+        if not 0 <= block < self.num_blocks:
+            raise IndexError(f"block {block} of {self.num_blocks}")
+        part, local, _ = self._index.blocks[:, block].tolist()
+        reader, where = self._part(part), f"block {local} of part {part} of {self.store.name}"
+        names = ("sample_columns", "sample_text", "sample_images", "image_keys", *IMAGE_FILE_ARRAYS)
+        columns = reader.read_columns(local, names)
+        self._check_names(block, columns, where)
+        hashes, uses = image_hashes(columns), columns.get("sample_images", np.empty(0, np.int32))
+        counts = columns["sample_columns"][SAMPLE_COLUMNS.index("num_images")].astype(np.int64)
+        fits = not len(uses) or 0 <= int(uses.min()) <= int(uses.max()) < len(hashes)
+        if not fits or (counts < 0).any() or int(counts.sum()) != len(uses):
+            raise PartCorrupt(f"{where}: a sample names an image that the block lacks; {AGAIN}")
+        shown = iter(uses.tolist())
+        return BlockImages(
+            uses=[tuple(hashes[image] for image in islice(shown, count)) for count in counts.tolist()],
+            files=unpack_image_files(columns, where),
+        )
 
     def _check_names(self, block: int, columns: Mapping[str, NDArray[Any]], where: str) -> None:
         """Refuse an index that names other samples than the block holds: it is not covered by seals.

@@ -40,6 +40,10 @@ MAX_BLOCK_SAMPLES: Final = 4_096
 """Samples a block holds at most, when they have few rows."""
 
 
+FILE_BYTES_A_VALUE: Final = 16
+"""Bytes of image files that weigh as much as one value of another array: a block holds up to 2²⁸."""
+
+
 class CacheWriter:
     """Writes parts of one cache; any number of writers may share it.
 
@@ -241,18 +245,19 @@ def group_blocks(records: Sequence[Record], block_rows: int) -> Iterator[Sequenc
 
 
 def _lengths(record: Record, images: Iterable[VisualRecord]) -> NDArray[np.int64]:
-    """Columns that a record adds to a block: response rows, visual rows, factor, hidden states, tokens."""
-    added = [len(record.response.positions), 0, 0, 0, len(record.token_ids)]
+    """Columns that a record adds to a block: rows of both tables, factor, hidden states, tokens, files."""
+    added = [len(record.response.positions), 0, 0, 0, len(record.token_ids), 0]
     for image in images:
         added[1] += 0 if image.topk is None else len(image.topk.positions)
         added[2] += 0 if image.factor is None else len(image.factor)
         added[3] += 0 if image.hidden is None else len(image.hidden)
+        added[5] += 0 if image.encoded is None else -(-len(image.encoded) // FILE_BYTES_A_VALUE)
     return np.array(added, np.int64)
 
 
 def _widths(records: Sequence[Record]) -> NDArray[np.int64]:
     """Values a column of each array takes in this part: ranks are padded to the part's widest."""
-    widest = [1, 1, 1, 1, 1]
+    widest = [1, 1, 1, 1, 1, 1]
     for record in records:
         rows = [(0, record.response), *((1, v.topk) for v in record.visual)]
         sizes = [
