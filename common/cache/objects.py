@@ -40,21 +40,22 @@ MULTIPART_BYTES: Final = 8 << 20
 DEFAULT_COPY_BYTES: Final = 20 << 30
 
 _TRIM_TO: Final = 0.8
-_TRIM_EVERY: Final = 64
+_TRIM_SHARE: Final = 0.05
+"""Share of the bound that a process writes before it looks at the directory again."""
 
 
 class LocalCopy:
-    """A bounded directory of ranges already fetched.
+    """A bounded directory of ranges already fetched, shared by any number of processes.
 
     Args:
         directory: Where; made when needed.
-        max_bytes: Bytes kept at most, about.
+        max_bytes: Bytes kept; each process that writes may overshoot by a twentieth of it, and one range.
     """
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self.directory = directory
         self.max_bytes = max_bytes
-        self._puts = 0
+        self._untrimmed_bytes: float = max_bytes  # look at what others left first
         directory.mkdir(parents=True, exist_ok=True)
 
     def _path(self, name: str) -> Path:
@@ -76,6 +77,8 @@ class LocalCopy:
     def put(self, name: str, data: bytes) -> None:
         """Keep bytes; a full or broken disk is no reason to stop reading."""
         path = self._path(name)
+        if len(data) > self.max_bytes * _TRIM_TO:
+            return
         temporary = path.with_suffix(f".{os.getpid()}-{os.urandom(4).hex()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +87,9 @@ class LocalCopy:
         except OSError as error:
             log.warning("%s cannot keep a copy (%s)", self.directory, error)
             temporary.unlink(missing_ok=True)
-        self._puts += 1
-        if self._puts % _TRIM_EVERY == 1:
+        self._untrimmed_bytes += len(data)
+        if self._untrimmed_bytes > self.max_bytes * _TRIM_SHARE:
+            self._untrimmed_bytes = 0
             self.trim()
 
     def trim(self) -> None:

@@ -20,6 +20,8 @@ from common.cache.writer import CacheWriter
 from common.errors import ConfigError, MismatchError, PartCorrupt
 from tests.common.cache.records import assert_same_record, make_manifest, make_records
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+
 STEP = 1 / 16
 
 
