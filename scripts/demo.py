@@ -7,7 +7,8 @@
     student-train  pt sft; pt sft sft (same steps)      runs/demo-pt-sft…     ┘ one core each
     table and page                                      build/demo/index.html
 
-Every step is one of the commands a user types. A second run finds what is done and goes on.
+Every step is one of the commands a user types. A second run finds what is done and goes on. With another
+--seed everything goes to build/demo-seed-N instead.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from common.data.shapes import materialise
 from scripts.demo_page import Arm, write_gallery, write_page
 
 NOISE = 0.3
-LEVELS = (("tiny-l1", "zarr/l1"), ("tiny-l2", "zarr/l2"))
+TEACHERS = ("tiny-l1", "tiny-l2")
 
 
 def main() -> int:
@@ -35,10 +36,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="names the images and the order of training")
     parser.add_argument("--images", type=int, default=1000, help="training images")
     arguments = parser.parse_args()
-    demo = Demo(Path("build/demo"), images=arguments.images, seed=arguments.seed)
+    root = Path() if arguments.seed == 0 else Path(f"build/demo-seed-{arguments.seed}")
+    demo = Demo(root, images=arguments.images, seed=arguments.seed)
     with demo.phase("render images"):
         demo.render()
-    for model, cache in LEVELS:
+    for model, cache in demo.levels:
         with demo.phase(f"teacher-dump {model} → {cache}"):
             demo.dump(model, cache)
     with demo.phase("student-train, three runs"):
@@ -52,28 +54,27 @@ def main() -> int:
 class Demo:
     """The demo's commands, where they leave things, and how long each phase took."""
 
-    def __init__(self, directory: Path, *, images: int, seed: int) -> None:
+    def __init__(self, root: Path, *, images: int, seed: int) -> None:
         """Make the working directory.
 
         Args:
-            directory: For logs, timings and the page.
+            root: Where caches, runs and the page go.
             images: Training images.
             seed: Names the images and the order of training.
         """
+        directory = root / "build" / "demo"
         directory.mkdir(parents=True, exist_ok=True)
         self.directory, self.seed = directory, seed
+        self.levels = [(model, str(root / "zarr" / f"l{n}")) for n, model in enumerate(TEACHERS, 1)]
         self.data = f"shapes:train={images},held_out=300,seed={seed},noise={NOISE}"
         self._phases = Phases(directory / f"phases-{images}-{seed}.json")
-        caches = [word for _, cache in LEVELS for word in ("--cache", cache)]
+        caches = [word for _, cache in self.levels for word in ("--cache", cache)]
+        first = self.levels[0][1]
         matched = "scripts/recipes/pt-sft-sft-matched.toml"
         self.arms = (
-            Arm("PT-SFT", Path("runs/demo-pt-sft"), ("--cache", "zarr/l1", "--recipe", "pt-sft")),
-            Arm(
-                "PT-SFT-SFT",
-                Path("runs/demo-pt-sft-sft"),
-                ("--cache", "zarr/l1", "--recipe", matched),
-            ),
-            Arm("cascade l1 → l2", Path("runs/demo-cascade"), (*caches, "--recipe", "cascade")),
+            Arm("PT-SFT", root / "runs/demo-pt-sft", ("--cache", first, "--recipe", "pt-sft")),
+            Arm("PT-SFT-SFT", root / "runs/demo-pt-sft-sft", ("--cache", first, "--recipe", matched)),
+            Arm("cascade l1 → l2", root / "runs/demo-cascade", (*caches, "--recipe", "cascade")),
         )
 
     def phase(self, name: str) -> "Phase":
@@ -120,7 +121,7 @@ class Demo:
         return write_page(
             self.directory,
             arms=self.arms,
-            caches=[cache for _, cache in LEVELS],
+            caches=[cache for _, cache in self.levels],
             phases=self._phases.seconds,
             machine=_machine(),
             data=self.train_json.parent,

@@ -8,7 +8,7 @@ command -v "$python" >/dev/null || { echo "setup: $python not found; install Pyt
 stamp=$(cat pyproject.toml constraints-cpu.txt scripts/setup.sh scripts/torchvision_cpu_shim.py | sha256sum)
 if [ -f .venv/setup-stamp ] && [ "$(cat .venv/setup-stamp)" = "$stamp" ]; then exit 0; fi
 
-echo "setup: installing into .venv (about 3 minutes, 2.5 GB)"
+echo "setup: installing into .venv (about 3 minutes, 3.4 GB)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
 pip install --quiet torch==2.13.0+cpu || {
@@ -25,3 +25,4 @@ cp scripts/torchvision_cpu_shim.py "$site/cascache_torchvision_cpu_shim.py"
 echo 'import cascache_torchvision_cpu_shim' > "$site/cascache_torchvision_cpu_shim.pth"
 .venv/bin/python -c 'import torchvision'
 echo "$stamp" > .venv/setup-stamp
+echo "setup: done; source .venv/bin/activate puts teacher-dump, student-train and cascache on the path"
