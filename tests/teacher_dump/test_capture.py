@@ -102,9 +102,13 @@ def test_equals_transformers_in_float32(
     case: str, answers: Callable[[str], Any], reference: Callable[[str], Any], tiny_dir: Path
 ):
     family = case.split(":")[1]
-    expected = reference(family)
-    processor = load_processor(str(tiny_dir / family))
-    for example, found in zip(samples(), answers(case)["captured"], strict=True):
+    check_captured(answers(case)["captured"], reference(family), tiny_dir / family)
+
+
+def check_captured(captured: list[Captured], expected: dict[str, Any], model: Path) -> None:
+    """Every sample's rows, states and factors equal those of transformers."""
+    processor = load_processor(str(model))
+    for example, found in zip(samples(), captured, strict=True):
         assert found.problem is None, f"{found.key}: {found.problem}"
         prompt = prepare(processor, example).prompt
         wanted = expected[example.sample_id]
