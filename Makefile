@@ -3,7 +3,7 @@ PY := .venv/bin/python
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: demo test bench-cache bench-student soak lint types setup clean help
+.PHONY: demo test bench-cache bench-student bench-share soak lint types setup clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -22,6 +22,9 @@ bench-cache: setup  ## bytes, errors and read times of the cache beside rivals -
 
 bench-student: setup  ## a training step beside plain fine-tuning and online distillation -> build/bench/student.json
 	@OMP_NUM_THREADS=1 $(PY) -m scripts.bench_student
+
+bench-share: setup  ## push, pull and streaming beside plain copying over loopback S3 -> build/bench/share.json
+	@OMP_NUM_THREADS=1 $(PY) -m scripts.bench_share
 
 soak: setup  ## kills, corruptions, full disks: nothing lost, nothing silently wrong -> build/bench/soak.json
 	@$(PY) -m scripts.soak

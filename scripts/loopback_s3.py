@@ -1,6 +1,9 @@
 """An S3 server on this machine, for tests and benchmarks: moto's, in a process or thread of its own."""
 
+import json
 import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,3 +59,21 @@ def use(environment: dict[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def serve_bucket_apart(name: str = "caches") -> Iterator[dict[str, str]]:
+    """As `serve_bucket`, in a process of its own, so that it takes no time from this one's threads."""
+    command = [sys.executable, "-m", "scripts.loopback_s3", name]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        assert server.stdout is not None
+        yield json.loads(server.stdout.readline())
+        server.terminate()
+
+
+if __name__ == "__main__":
+    with serve_bucket(sys.argv[1]) as environment:
+        print(json.dumps(environment), flush=True)
+        sys.stdin.read()

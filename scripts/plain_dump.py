@@ -5,6 +5,7 @@ Good enough for everything that trains, and quick on the tiny models.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def dump_plain(
     part_samples: int = 64,
     block_rows: int = 2048,
     vocab_size: int | None = None,
+    with_images: bool = False,
 ) -> Path:
     """Dump a teacher's knowledge of some samples of a source.
 
@@ -57,6 +59,7 @@ def dump_plain(
         part_samples: Samples a part.
         block_rows: Rows a block.
         vocab_size: Real tokens; as many as the tokenizer has unless given.
+        with_images: Keep the encoded image files too.
     """
     processor, teacher = load_processor(model), load_student(model)
     teacher.eval()
@@ -78,6 +81,7 @@ def dump_plain(
         relation=Relation(tolerance=1e-4),
         encoding=Encoding(logits="float32"),
         part_samples=part_samples,
+        with_images=with_images,
     )
     gram = head_gram(teacher.head_weight.detach()[: manifest.vocab_size])
     with CacheWriter.open(str(out), manifest, block_rows=block_rows) as writer:
@@ -113,6 +117,9 @@ def _record(
     for span in prompt.images:
         if span.key not in known:
             known[span.key] = _visual(span, hidden, logits, manifest, gram)
+    if manifest.with_images:
+        for span, data in zip(prompt.images, encoded, strict=True):
+            known[span.key] = replace(known[span.key], encoded=data)
     return Record(
         sample_id=sample.sample_id,
         kind=sample.kind,

@@ -20,7 +20,7 @@ from typing import Final
 from tqdm import tqdm
 
 from common.cache import layout
-from common.cache.index import index_directory, write_index
+from common.cache.index import Index, index_directory, write_index
 from common.cache.landing import Landing, land, proven
 from common.cache.places import open_store
 from common.cache.reader import scan_parts
@@ -118,7 +118,7 @@ def transfer(
             for number in mover.run(todo):
                 bar.update(number)
     if todo or (writer.sealed and index_directory(writer.store) is None):
-        write_index(writer.store, wanted, scan_parts(writer.store, wanted))
+        write_index(writer.store, wanted, _scan(writer, opened, wanted))
     writer.store.tidy()
     return Transferred(
         copied=tuple(part.seal.part for _, part in todo),
@@ -138,6 +138,20 @@ def _open_source(place: str, manifest: Manifest, first: str) -> Source:
         listing = "\n  ".join(lines)
         raise MismatchError(f"{place} does not fit {first}:\n  {listing}\nmerge caches of one dump only")
     return Source(store, sealed_parts(store))
+
+
+def _scan(writer: CacheWriter, sources: Sequence[Source], wanted: Manifest) -> Index:
+    """The index of the target; read from the disk it was pushed from, where that holds the very same parts."""
+    target, store = writer.store, sources[0].store
+    sealed = writer.sealed
+    same = store.is_local and not target.is_local and len(sources) == 1 and sealed <= sources[0].parts
+    if not same or any(_document(store, part) != _document(target, part) for part in sealed):
+        return scan_parts(target, wanted)
+    return scan_parts(store, wanted, skip=dict.fromkeys(sources[0].parts - sealed, ""))
+
+
+def _document(store: Store, part: int) -> bytes:
+    return store.read(layout.seal_key(part))
 
 
 def _open_target(target: str, wanted: Manifest) -> CacheWriter:

@@ -1,0 +1,61 @@
+"""What the pages say to type works, in the order in which they say it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.data.open import open_source
+from common.data.shapes import write_shapes
+from common.models import TINY
+
+DOCS = Path(__file__).parent.parent / "docs"
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)```", re.DOTALL
+)
+
+
+def blocks(page: str) -> list[str]:
+    """Commands of a page; those that do not run say why."""
+    found = [match.groupdict() for match in BLOCK.finditer((DOCS / page).read_text())]
+    assert found
+    return [block["code"] for block in found if block["language"] == "sh" and not block["reason"]]
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    """A directory with a small, self-contained cache; no data beside it."""
+    pytest.importorskip("obstore")
+    pytest.importorskip("moto.server")
+    from scripts.plain_dump import dump_plain
+
+    data = write_shapes(tmp_path / "data", num_images=12, seed=3, questions_per_image=2)
+    place = tmp_path / "place"
+    dump_plain(
+        str(TINY / "tiny-l1"),
+        open_source(str(data)),
+        place / "zarr" / "l1",
+        part_samples=10,
+        with_images=True,
+    )
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_the_sharing_page(workplace):
+    from scripts.loopback_s3 import serve_bucket
+
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with serve_bucket() as bucket:
+        environment = os.environ | bucket | {"PATH": path, "OMP_NUM_THREADS": "1"}
+        for block in blocks("sharing.md"):
+            command = ["bash", "-euc", block]
+            done = subprocess.run(
+                command, cwd=workplace, env=environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
