@@ -112,6 +112,21 @@ def load_processor(path: str, *, revision: str | None = None) -> Any:
     return processor
 
 
+def read_vocab_rows(path: str, *, revision: str | None = None) -> int:
+    """Rows of a model's head, padding included, from its configuration alone.
+
+    Raises:
+        ConfigError: There is no configuration.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} holds no model configuration ({error}); point at a model") from error
+    return int(config.get_text_config().vocab_size)
+
+
 def check_processor(processor: Any, path: str) -> None:
     """Refuse a processor that cannot render, tokenise with offsets, or mark images.
 

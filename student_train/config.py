@@ -1,11 +1,12 @@
 """What `student-train` can be told. One model: flags, help text and the TOML table come from it."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from schemas.base import Frozen
 
+Root = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Precision = Literal["fp32", "bf16"]
 
 
@@ -14,6 +15,8 @@ class TrainConfig(Frozen):
 
     cache: tuple[str, ...] = ("zarr/l1",)
     """A level's cache; give it several times to cascade, nearest teacher first."""
+    expect: tuple[Root, ...] = ()
+    """Root hash (sha256:...) that each --cache must have, in their order; `cascache info` prints it."""
     student: str | None = None
     """Preset, model directory or hub id; default: the smallest preset of the teacher's family."""
     data: str | None = None

@@ -13,6 +13,7 @@ from typing import Any
 from common.cache.layout import identity_sha256
 from common.cache.own_samples import OwnSamples
 from common.cache.reader import CacheReader
+from common.cache.trust import require_root
 from common.chat import load_processor
 from common.compat import require_fit
 from common.data.open import open_source
@@ -173,6 +174,7 @@ def make_plan(config: TrainConfig) -> Plan:
         CacheError: A cache is missing or damaged.
         MismatchError: The student does not fit a cache; names the fields.
     """
+    require_pinned(config)
     levels = tuple(open_level(path, config) for path in config.cache)
     held_out = open_source(config.eval, image_root=config.image_root) if config.eval else None
     if config.eval_steps and held_out is None:
@@ -208,6 +210,21 @@ def make_plan(config: TrainConfig) -> Plan:
     return Plan(config, student, shape, processor, levels, stages, out, held_out, tuple(notes))
 
 
+def require_pinned(config: TrainConfig) -> None:
+    """Hold every cache to the root hash that was pinned for it; their files follow as parts are opened.
+
+    Raises:
+        ConfigError: There is not one --expect for each --cache.
+        MismatchError: A cache is another one.
+    """
+    if config.expect and len(config.expect) != len(config.cache):
+        raise ConfigError(
+            f"{len(config.expect)} --expect for {len(config.cache)} --cache; give one for each, in order"
+        )
+    for path, root in zip(config.cache, config.expect, strict=False):
+        require_root(path, root)
+
+
 def open_level(path: str, config: TrainConfig) -> Level:
     """Open a cache and the samples it was dumped from.
 
@@ -219,7 +236,7 @@ def open_level(path: str, config: TrainConfig) -> Level:
         ConfigError: Nobody knows where the samples are, or they are not there.
         MismatchError: The samples there are not the cache's.
     """
-    cache = CacheReader(path)
+    cache = CacheReader(path, proven=bool(config.expect))
     if not cache.num_samples:
         raise PartMissing(f"{path} holds no finished part yet; run its teacher-dump command again")
     if config.data is None and cache.manifest.with_images:

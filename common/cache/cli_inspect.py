@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cache.commands import Answer, add_command
@@ -16,6 +17,9 @@ def add_commands(subparsers: Any) -> None:
     add_command(subparsers, "info", "what is in a cache", run_info).add_argument("path", help=path)
     verify = add_command(subparsers, "verify", "check every byte; reads only", run_verify)
     verify.add_argument("path", help=path)
+    verify.add_argument("--expect", metavar="ROOT", help="the root hash it must have (sha256:...)")
+    verify.add_argument("--key", help="public key (PEM) that must have signed it")
+    verify.add_argument("--signature", help="file of the signature; default: the path with .sig behind it")
     verify.add_argument("--quick", action="store_true", help="names and sizes only: no hashing, no decoding")
     text = "unseal damaged parts and remove leftovers; run while no writer is at work"
     add_command(subparsers, "repair", text, run_repair).add_argument("path", help=path)
@@ -27,6 +31,7 @@ def run_info(arguments: argparse.Namespace) -> tuple[int, Answer]:
     """Counts, sizes and identity of a cache."""
     from common.cache.reader import CacheReader
     from common.cache.subset import held_groups
+    from common.cache.trust import root_hash
 
     with CacheReader(arguments.path) as cache:
         seals = cache.seals.values()
@@ -34,6 +39,7 @@ def run_info(arguments: argparse.Namespace) -> tuple[int, Answer]:
         rows = sum(seal.num_response_rows + seal.num_visual_rows for seal in seals)
         answer = {
             "path": arguments.path,
+            "root": root_hash(cache.store),
             "teacher": cache.manifest.teacher.model,
             "complete": cache.complete,
             "partial": None if cache.complete else _missing_text(cache.seals, cache.manifest),
@@ -68,14 +74,36 @@ def run_verify(arguments: argparse.Namespace) -> tuple[int, Answer]:
 
     from common.cache.verify import verify
 
+    trusted = _check_trust(arguments)
     report = verify(arguments.path, deep=not arguments.quick)
-    answer = asdict(report) | {"bad_parts": report.bad_parts, "complete": report.complete, "ok": report.ok}
+    answer = (
+        trusted
+        | asdict(report)
+        | {"bad_parts": report.bad_parts, "complete": report.complete, "ok": report.ok}
+    )
     answer["checked"] = "every byte" if report.deep else "names and sizes only, not the contents"
     if not report.ok:
         answer["next"] = "cascache repair, then the same teacher-dump command; or copy the cache again"
     elif not report.complete:
         answer["next"] = "run the same teacher-dump command to dump the missing parts"
     return int(not (report.ok and report.complete)), answer
+
+
+def _check_trust(arguments: argparse.Namespace) -> Answer:
+    """Hold the root to what was pinned and signed, before any byte is hashed."""
+    from common.cache.places import open_store
+    from common.cache.trust import check_signature, require_root, root_hash, signature_path
+
+    if not (arguments.expect or arguments.key):
+        return {}
+    store = open_store(arguments.path, copied=False)
+    if arguments.expect:
+        require_root(store, arguments.expect)
+    root = root_hash(store)
+    if arguments.key:
+        signature = arguments.signature or signature_path(arguments.path)
+        check_signature(root, Path(signature), Path(arguments.key))
+    return {"root": root, "pinned": bool(arguments.expect), "signed": bool(arguments.key)}
 
 
 def run_repair(arguments: argparse.Namespace) -> tuple[int, Answer]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from common.cache import layout
 from common.cache.block import Block
+from common.cache.hashing import file_fault
 from common.cache.image_files import image_hashes, unpack_image_files
 from common.cache.index import Index, Names, decode_names, join, read_index
 from common.cache.part import PartReader
@@ -104,12 +105,14 @@ class CacheReader:
 
     Args:
         path: Directory of the cache, or a URL such as `s3://bucket/l1`.
+        proven: Whether to hold every file to the hash in its seal before its part is first used, and the
+            index to all seals. Costs one more pass over each part; over a network it is fetched for that.
 
     Raises:
         CacheError: There is no cache, or it is damaged.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, proven: bool = False) -> None:
         self.store = open_store(path)
         self.manifest: Manifest = read_manifest(self.store)
         found = read_index(self.store, self.manifest)
@@ -117,6 +120,9 @@ class CacheReader:
         self._index = join([found, tail]) if found else tail
         counts = self._index.blocks[2].astype(np.int64)
         self.block_offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(counts)])
+        self._proven = set[int]() if proven else None
+        if proven:
+            self._check_index()
         self._open: OrderedDict[int, PartReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -268,11 +274,45 @@ class CacheReader:
                         f"the index of {self.store.name} has part {part} in {self._index.directories[part]}, "
                         f"its seal in {seal.directory}; run `cascache finalize` to write the index again"
                     )
+                self._prove(seal)
                 self._open[part] = PartReader(self.store, f"{layout.PARTS}/{seal.directory}")
             self._open.move_to_end(part)
             while len(self._open) > MAX_OPEN_PARTS:
                 self._open.popitem(last=False)
             return self._open[part]
+
+    def _prove(self, seal: PartSeal) -> None:
+        """Hash a part's files, the first time, in a reader that wants proof.
+
+        Raises:
+            PartCorrupt: A file is not the sealed one.
+        """
+        if self._proven is None or seal.part in self._proven:
+            return
+        base = f"{layout.PARTS}/{seal.directory}"
+        for name, wanted in seal.files.items():
+            fault = file_fault(self.store, f"{base}/{name}", wanted.size_bytes, wanted, deep=True)
+            if fault is not None:
+                raise PartCorrupt(
+                    f"{self.store.name}/{base}/{name}: {fault}; run `cascache verify`, then {AGAIN}"
+                )
+        self._proven.add(seal.part)
+
+    def _check_index(self) -> None:
+        """Refuse an index that leaves out what seals say is there.
+
+        Raises:
+            PartCorrupt: It does.
+        """
+        parts, _, counts = self._index.blocks
+        held = np.zeros(1 + max(self._index.directories, default=0), np.int64)
+        np.add.at(held, parts, counts)
+        wrong = [part for part, seal in self.seals.items() if held[part] != seal.num_records]
+        if wrong or self.seals.keys() != sealed_parts(self.store):
+            raise PartCorrupt(
+                f"the index of {self.store.name} does not hold what its seals say (part {wrong[:1]}); run "
+                f"`cascache finalize` to write it again"
+            )
 
     def close(self) -> None:
         """Close every file."""
