@@ -31,8 +31,9 @@ class DumpConfig(Frozen):
     """Random draws a position in the random modes; 50 by default."""
     positions: Literal["response+visual", "response", "visual"] = "response+visual"
     """Rows kept."""
-    visual_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of each image's rows kept, drawn at random: an unbiased sample at a fraction of the bytes."""
+    visual_fraction: float = Field(1.0, ge=0, le=1)
+    """Share of each image's rows kept, drawn at random: an unbiased sample at a fraction of the bytes;
+    0 keeps none, relations stay."""
     responses: Literal["data", "teacher"] = "data"
     """Score the data's responses, or let the teacher answer every turn itself; then data needs no answers."""
     response_temperature: float = Field(0.0, ge=0)

@@ -155,10 +155,11 @@ class PartCapture:
 def visual_rows(image: ImageSpan, capture: Capture) -> NDArray[np.int32]:
     """[N] positions of an image whose rows are kept: all, or a share drawn from (seed, image key)."""
     length = image.stop - image.start
-    if capture.visual_fraction == 1.0:
+    fraction = capture.visual_fraction
+    if fraction == 1.0:
         return np.arange(image.start, image.stop, dtype=np.int32)
     draw = stream(capture.seed, int(image.key[:16], 16))
-    kept = draw.permutation(length)[: max(1, round(length * capture.visual_fraction))]
+    kept = draw.permutation(length)[: max(int(fraction > 0), round(length * fraction))]
     return (np.sort(kept) + image.start).astype(np.int32)
 
 

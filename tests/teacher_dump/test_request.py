@@ -105,6 +105,8 @@ def image(key: str, start: int = 5, length: int = 100) -> ImageSpan:
 
 def test_all_rows_by_default():
     assert visual_rows(image("a"), capture(1.0)).tolist() == list(range(5, 105))
+    assert visual_rows(image("a"), capture(0.0)).tolist() == []
+    assert len(visual_rows(image("a"), capture(0.001))) == 1
 
 
 def test_random_rows_are_a_function_of_seed_and_image():
