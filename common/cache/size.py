@@ -1,9 +1,9 @@
 """How many bytes a level will take, from counts alone.
 
-    samples × response rows × (1.7 K + 8) B        ids and logits, as measured at K = 64
-    images  × image positions × the same           once an image, not once a question
-    images  × image positions × 0.55 · rank B      relation factor; its rank is chosen per image, 68 on average
-    samples × positions × 2 B                      token ids and the rest
+samples × response rows × (1.7 K + 8) B        ids and logits, as measured at K = 64
+images  × image positions × the same           once an image, not once a question
+images  × image positions × 0.55 · rank B      relation factor; its rank is chosen per image, 68 on average
+samples × positions × 2 B                      token ids and the rest
 """
 
 from dataclasses import dataclass
