@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from common.cache import cli_inspect, cli_transfer, cli_trust
+from common.cache import cli_inspect, cli_look, cli_size, cli_transfer, cli_trust
 from common.cache.commands import EPILOG
 from common.errors import CascacheError
 
-GROUPS = (cli_inspect, cli_transfer, cli_trust)
+GROUPS = (cli_inspect, cli_look, cli_size, cli_transfer, cli_trust)
 """Modules that register commands, in the order that `--help` lists them."""
 
 

@@ -8,6 +8,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any, Final
 
+from common.cache.terminal import plain
+
 Answer = dict[str, Any]
 Run = Callable[[argparse.Namespace], tuple[int, Answer]]
 
@@ -25,9 +27,11 @@ def to_text(answer: Answer, indent: str = "") -> str:
         if isinstance(value, dict) and value:
             lines += [title, to_text(value, indent + "  ")]
         elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines += [title] + [f"{indent}  " + "  ".join(str(v) for v in entry.values()) for entry in value]
+            lines += [title] + [
+                f"{indent}  " + "  ".join(plain(str(v)) for v in entry.values()) for entry in value
+            ]
         else:
-            lines.append(f"{title} {value}")
+            lines.append(f"{title} {plain(str(value))}")
     return "\n".join(lines)
 
 
