@@ -141,7 +141,7 @@ def _open_source(place: str, manifest: Manifest, first: str) -> Source:
 
 
 def _scan(writer: CacheWriter, sources: Sequence[Source], wanted: Manifest) -> Index:
-    """The index of the target; read from the disk it was pushed from, where that holds the very same parts."""
+    """The index of the target; from the disk it was pushed from, where that holds the very same parts."""
     target, store = writer.store, sources[0].store
     sealed = writer.sealed
     same = store.is_local and not target.is_local and len(sources) == 1 and sealed <= sources[0].parts
