@@ -61,6 +61,8 @@ def histogram(
     ]
     top = max((float(each.max()) for each in shares if each is not None), default=1.0)
     places = np.linspace(0, 1, TICKS)
+    if whole:
+        places = np.unique(np.round(places * (end - low))) / (end - low)
     labels = [low + place * (end - low) for place in places]
     return Histogram(
         outlines=tuple(None if each is None else _outline(each / top) for each in shares),

@@ -170,8 +170,8 @@ def _identity_of(cache: CacheReader) -> dict[str, str]:
     rows = sum(seal.num_response_rows + seal.num_visual_rows for seal in seals)
     step = f", steps of {m.encoding.logit_step:g} nat" if m.encoding.logits == "steps" else ""
     return {
-        "teacher": m.teacher.model + (f" @ {m.teacher.revision[:12]}" if m.teacher.revision else ""),
-        "weights": m.teacher.weights_sha256[:12],
+        "teacher": m.teacher.model + (f" @ {m.teacher.revision[:10]}" if m.teacher.revision else ""),
+        "weights": m.teacher.weights_sha256[:10],
         "computed in": m.teacher.dtype + (f", {m.teacher.quantization}" if m.teacher.quantization else ""),
         "samples": f"{cache.num_samples:,} of {m.samples.num_samples:,}",
         "parts": f"{len(cache.seals)} of {m.num_parts}",
@@ -185,11 +185,11 @@ def _identity_of(cache: CacheReader) -> dict[str, str]:
         "temperatures": ", ".join(f"{each:g}" for each in m.capture.temperatures),
         "relation": f"{m.relation.store} of {m.relation.of}",
         "encoding": f"{m.encoding.profile}, {m.encoding.logits}{step}",
-        "tokenizer": m.fingerprints.tokenizer[:12],
-        "chat template": m.fingerprints.chat_template[:12],
-        "image processor": m.fingerprints.image_processor[:12],
-        "data": m.samples.fingerprint[:12],
-        "root": root_hash(cache.store)[:19],
+        "tokenizer": m.fingerprints.tokenizer[:10],
+        "chat template": m.fingerprints.chat_template[:10],
+        "image processor": m.fingerprints.image_processor[:10],
+        "data": m.samples.fingerprint[:10],
+        "root": root_hash(cache.store)[:17],
     }
 
 
@@ -290,7 +290,7 @@ def _gallery(
     for sample_id in (common[i] for i in spread(len(common), num_shown)):
         records = [cache.read_record(sample_id) for cache in caches]
         told = [describe_record(r, d) for r, d in zip(records, decoders, strict=True)]
-        high = max((value for each in told for value in _cells(each)), default=1.0)
+        high = max([1e-6, *(value for each in told for value in _cells(each))])
         cards.append(
             {
                 "sample_id": sample_id,
