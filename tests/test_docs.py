@@ -59,3 +59,19 @@ def test_the_sharing_page(workplace):
                 command, cwd=workplace, env=environment, capture_output=True, text=True, check=False
             )
             assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.slow
+def test_the_trust_page(workplace):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for block in blocks("trust.md"):
+        done = subprocess.run(
+            ["bash", "-euc", block],
+            cwd=workplace,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
