@@ -8,14 +8,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
-def resized_teacher(model: Path, target: Path, *, vocab: int | None = None, side: int | None = None) -> Path:
-    """Copy a tiny LLaVA directory with a larger (tied) head, or for larger images.
+def resized_teacher(
+    model: Path,
+    target: Path,
+    *,
+    vocab: int | None = None,
+    side: int | None = None,
+    tower_heads: int | None = None,
+) -> Path:
+    """Copy a tiny LLaVA directory with a larger (tied) head, for larger images, or with other heads.
 
     Args:
         model: The directory.
         target: Where to.
         vocab: Rows of the head; new ones are drawn like the old ones.
         side: Pixels of an image's side; the positions' embeddings are drawn anew.
+        tower_heads: Attention heads of the vision tower, whose weights stay.
     """
     shutil.copytree(model, target)
     config = json.loads((target / "config.json").read_text())
@@ -39,6 +47,8 @@ def resized_teacher(model: Path, target: Path, *, vocab: int | None = None, side
         settings = json.loads((target / "processor_config.json").read_text())
         settings["image_processor"]["size"] = {"height": side, "width": side}
         (target / "processor_config.json").write_text(json.dumps(settings))
+    if tower_heads is not None:
+        config["vision_config"]["num_attention_heads"] = tower_heads
     (target / "config.json").write_text(json.dumps(config))
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     return target

@@ -7,6 +7,9 @@
     dict, flat, quick     vLLM's prompt_logprobs: as dictionaries, flat, flat without detokenizing
     transformers  a plain forward pass in float32
 
+Then the capture alone, held to transformers, over both of vLLM's model runners and over two workers
+that share each layer (TP) or take half of the layers each (PP).
+
 All in one process and thread, interleaved, medians of CPU seconds, on the shipped tiny teacher with its
 own vocabulary and with one padded to 151,936 rows, all of them taken for real. Each vocabulary runs in a
 process of its own, so that peak memory is its own.
@@ -27,7 +30,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -52,7 +55,26 @@ BIG = 151_936
 TOPK = 64
 LARGE_IMAGE = 192
 MAX_LEN = 1000
+TRITON = Path(sys.prefix) / "triton"
 Result = dict[str, Any]
+
+
+class Way(NamedTuple):
+    """How an engine is spread."""
+
+    runner: str
+    """vLLM's model runner."""
+    tensor: int
+    """Workers that share each layer."""
+    pipeline: int
+    """Workers that share the layers."""
+
+
+WAYS = {
+    f"{runner} TP={tensor} PP={pipeline}": Way(runner, tensor, pipeline)
+    for runner in ("V1", "V2")
+    for tensor, pipeline in ((1, 1), (2, 1), (1, 2))
+}
 
 
 def main() -> None:
@@ -61,15 +83,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/bench/teacher.json"))
     parser.add_argument("--images", type=int, default=6, help="images, two samples each")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--part", choices=["small", "big", "shared"], help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=[*PARTS, *WAYS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
-        print(json.dumps(PARTS[options.part](options.images, options.rounds)))
+        way = WAYS.get(options.part)
+        print(json.dumps(exactness(way) if way else PARTS[options.part](options.images, options.rounds)))
         return
     results: Result = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     for part in PARTS:
         results |= {part: _in_process(part, options)}
         print(part, json.dumps(results[part], indent=1), flush=True)
+    results["runners"] = {}
+    for name, way in WAYS.items():
+        if way.runner == "V2" and not (TRITON / "sitecustomize.py").exists():
+            print(f"{name}: left out, there is no Triton in {TRITON}; scripts/setup.sh puts it", flush=True)
+            continue
+        results["runners"] |= {name: _in_process(name, options, TRITON if way.runner == "V2" else None)}
+        print(name, json.dumps(results["runners"][name]), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(_headline(results) | results, indent=1) + "\n")
     print(json.dumps(_headline(results), indent=1))
@@ -79,15 +109,18 @@ def _headline(results: Result) -> Result:
     """The numbers that are promised, at the large vocabulary."""
     names = ("capture_over_floor", "prompt_logprobs_over_capture", "encode_and_write_share", "peak_rss_bytes")
     headline = {name: results["big"][name] for name in names}
-    headline["max_logit_error"] = max(results[part]["max_logit_error"] for part in ("small", "big"))
-    headline["set_mismatches"] = sum(results[part]["set_mismatches"] for part in ("small", "big"))
+    held = [results["small"], results["big"], *results["runners"].values()]
+    headline["max_logit_error"] = max(each["max_logit_error"] for each in held)
+    headline["set_mismatches"] = sum(each["set_mismatches"] for each in held)
     return headline | {"prefix_cache_speedup": results["shared"]["speedup"]}
 
 
-def _in_process(part: str, options: argparse.Namespace) -> Result:
+def _in_process(part: str, options: argparse.Namespace, beside: Path | None = None) -> Result:
     command = [sys.executable, "-m", "scripts.bench_teacher", "--part", part]
     command += ["--images", str(options.images), "--rounds", str(options.rounds)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if beside is not None:
+        environment |= {"PYTHONPATH": str(beside), "TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     answer: Result = json.loads(done.stdout.splitlines()[-1])
     return answer
@@ -272,6 +305,30 @@ class Runs:
         records = [part._record(item, found) for item, found in zip(self.items, self.results, strict=True)]
         writer = CacheWriter.open(str(directory), self.manifest)
         writer.write_part(0, records, first_sample=0, num_samples=len(records))
+
+
+def exactness(way: Way) -> Result:
+    """The capture of four samples held to transformers."""
+    from transformers import AutoModelForImageTextToText
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        tiny = Path(resolve_model("tiny").path_or_id)
+        model = resized_teacher(tiny, Path(place) / "model", tower_heads=2)  # which two workers can share
+        processor, items = prepare_all(Path(place) / "data", model, images=2)
+        reference = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32).eval()
+        weight = reference.get_output_embeddings().weight.detach()
+        manifest = captured_manifest(processor, vocab=len(weight), samples=len(items), width=weight.shape[1])
+        settings = replace(
+            settings_for(model, len(weight), tensor_parallel=way.tensor, pipeline_parallel=way.pipeline),
+            inside=way.tensor * way.pipeline == 1,
+        )
+        with Engine(settings) as engine:
+            assert engine.runner == way.runner, engine.runner
+            runs = Runs(engine, items, reference, processor, manifest)
+            runs.results = engine.run(runs.submissions)
+        error, mismatches = runs.compare(weight)
+    return {"rows": runs.num_rows, "max_logit_error": error, "set_mismatches": mismatches}
 
 
 def shared(images: int, rounds: int) -> Result:

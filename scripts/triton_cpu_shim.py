@@ -51,7 +51,6 @@ class _DeclareBackend:
     ) -> ModuleSpec | None:
         if name == "vllm" and not _DeclareBackend.done:
             _DeclareBackend.done = True
-            os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
             backends = importlib.import_module("triton.backends").backends
             backends["cpu"] = type("Backend", (), {"driver": _Driver, "compiler": None})
             importlib.import_module("triton.runtime.driver").driver.set_active(_Driver())
@@ -59,4 +58,5 @@ class _DeclareBackend:
 
 
 if __name__ == "sitecustomize":
+    os.environ |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
     sys.meta_path.insert(0, _DeclareBackend())

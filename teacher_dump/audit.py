@@ -36,7 +36,9 @@ Say = Callable[[str], None]
 class Tally:
     """Differences of one kind of rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, normalised: bool = False) -> None:
+        """Start with none; `normalised` says that the cache holds log-probs as its logits."""
+        self._normalised = normalised
         self.rows = 0
         self.logit_error = 0.0
         self.lse_error = 0.0
@@ -48,6 +50,7 @@ class Tally:
         if not len(kept.positions):
             return
         exact = logits.double().log_softmax(-1)
+        logits = exact if self._normalised else logits
         used = torch.from_numpy(np.isfinite(kept.logprobs))
         ids = torch.from_numpy(np.array(kept.token_ids, np.int64))
         found = torch.from_numpy(kept.logprobs.astype(np.float64))
@@ -114,7 +117,8 @@ def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
         draw = np.random.Generator(np.random.Philox(key=config.seed)).permutation(cache.num_samples)
         chosen = np.sort(draw[: config.sample])
         say(f"computing {len(chosen)} of {cache.num_samples} samples of {config.cache} again in float32")
-        tallies = {"response": Tally(), "visual": Tally()}
+        normalised = "capture" in manifest.teacher.engine
+        tallies = {kind: Tally(normalised=normalised) for kind in ("response", "visual")}
         factors, states = [0.0], [0.0]
         rows = {name: row for row, name in enumerate(source.sample_ids())}
         for index in tqdm(chosen, desc="verify", unit="sample"):

@@ -95,6 +95,9 @@ class DumpConfig(Frozen):
     """Address of a Ray cluster for the workers (`auto`: the one this machine is in); else this machine."""
     engine_arg: tuple[str, ...] = ()
     """Any other vLLM engine argument as key=value; may be given several times."""
+    capture: Literal["hooks", "prompt-logprobs"] = "hooks"
+    """Take rows out of vLLM through private attributes, or through its public prompt_logprobs: slower, no
+    relations, no hidden states, no further temperature; for a vLLM in which those attributes are gone."""
     any_vllm: bool = False
     """Try a vLLM release that was not tested."""
     max_quarantine: float = Field(0.05, ge=0, le=1)
@@ -136,6 +139,18 @@ class DumpConfig(Frozen):
             raise ValueError("--sampling-draws needs --sampling random or topk+random")
         if self.sampling != "topk" and self.topk_mass is not None:
             raise ValueError("--topk-mass goes with --sampling topk only")
+        return self
+
+    @model_validator(mode="after")
+    def _check_capture(self) -> "DumpConfig":
+        if self.capture == "hooks":
+            return self
+        if "visual" in self.positions and self.relation_store != "none":
+            raise ValueError(
+                "--capture prompt-logprobs sees no hidden states; it needs --relation-store none"
+            )
+        if self.temperature or self.sampling != "topk":
+            raise ValueError("--capture prompt-logprobs knows the likeliest ids at temperature 1 only")
         return self
 
     @property

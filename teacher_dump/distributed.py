@@ -27,11 +27,11 @@ from common.errors import CascacheError, ConfigError, EngineError
 from common.models import resolve_model
 from schemas.manifest import Manifest
 from teacher_dump.config import DumpConfig
-from teacher_dump.engine import Engine
 from teacher_dump.level import engine_settings, longest, plan_dump
 from teacher_dump.parts import make_capture, write_part
 from teacher_dump.plan import Part
 from teacher_dump.prompts import Preparer
+from teacher_dump.public import choose_engine
 from teacher_dump.teacher import Teacher, find_teacher
 
 _OBJECT_STORE_BYTES = 128 * 2**20
@@ -158,7 +158,7 @@ class PartActor:
             source, teacher.processor, max_len=longest(config, teacher), asks=config.teacher_answers
         )
         self._writer = CacheWriter.open(config.out, manifest)
-        engine = Engine(engine_settings(config, teacher, manifest.capture))
+        engine = choose_engine(engine_settings(config, teacher, manifest.capture))
         self._capture = make_capture(engine.__enter__(), config, teacher, manifest.capture)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from schemas.manifest import PartSeal
 from teacher_dump.asking import open_data
 from teacher_dump.config import DumpConfig
 from teacher_dump.cost import check_disk, describe
-from teacher_dump.engine import Engine
 from teacher_dump.level import (
     check_settings,
     choose_out,
@@ -31,6 +30,7 @@ from teacher_dump.level import (
 from teacher_dump.parts import capture_part, make_capture, seal_part
 from teacher_dump.plan import Part
 from teacher_dump.prompts import Preparer, prepare_ahead
+from teacher_dump.public import choose_engine
 from teacher_dump.quarantine import QuarantineLog
 from teacher_dump.records import PartCapture
 from teacher_dump.teacher import Teacher, find_teacher
@@ -80,7 +80,7 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
         if config.workers > 1 or config.ray is not None:
             run_workers(config, writer, todo, teacher, quarantine)
         else:
-            with Engine(engine_settings(config, teacher, manifest.capture)) as engine:
+            with choose_engine(engine_settings(config, teacher, manifest.capture)) as engine:
                 capture = make_capture(engine, config, teacher, manifest.capture)
                 run_parts(config, capture, writer, todo, preparer, quarantine)
     writer.finalize()

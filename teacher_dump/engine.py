@@ -123,6 +123,10 @@ class EngineSettings:
     """vLLM's own; answers carry seeds of their own."""
     any_version: bool = False
     """Start a vLLM that was not tested."""
+    hooks: bool = True
+    """Keep rows through private attributes of vLLM; else see `teacher_dump.public`."""
+    vocab_rows: int = 0
+    """Rows of the head, padding included; wanted without hooks."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further vLLM engine arguments."""
 
@@ -200,13 +204,7 @@ class Engine:
             raise EngineError(
                 f"vLLM could not start {self.settings.model}: {error}; VLLM_LOGGING_LEVEL=INFO shows its log"
             ) from error
-        who = asdict(self.settings.capture), os.getpid(), platform.node()
-        answers = self._llm.collective_rpc("cascache_install", args=who)
-        for answer in answers:
-            if "problem" in answer:
-                self.close()
-                raise EngineError(answer["problem"])
-        self.runner, self.dtype = answers[0]["runner"], answers[0]["dtype"]
+        self.runner, self.dtype = self._install()
         if self.dtype != self.settings.dtype:
             self.close()
             raise EngineError(
@@ -215,6 +213,16 @@ class Engine:
             )
         log.info("vLLM %s runs %s on its %s runner", vllm.__version__, self.settings.model, self.runner)
         return self
+
+    def _install(self) -> tuple[str, str]:
+        """Put the capture into the workers; which model runner they have, and the dtype they compute in."""
+        who = asdict(self.settings.capture), os.getpid(), platform.node()
+        answers = self._llm.collective_rpc("cascache_install", args=who)
+        for answer in answers:
+            if "problem" in answer:
+                self.close()
+                raise EngineError(answer["problem"])
+        return answers[0]["runner"], answers[0]["dtype"]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -258,12 +266,11 @@ class Engine:
                 refused[each.request.key] = Captured(each.request.key, str(error), "engine-refused")
         try:
             outputs = self._llm.wait_for_completion(use_tqdm=False) if submitted else []
-            drained = self._llm.collective_rpc("cascache_drain")
+            finished = self._collect(submitted, outputs)
         except RuntimeError as error:
             raise EngineError(
                 f"vLLM stopped while computing: {error}; run the same command again to go on"
             ) from error
-        finished = {each["key"]: Captured.from_wire(each) for rank in drained for each in rank}
         for each, output in zip(submitted, outputs, strict=True):
             finished.setdefault(
                 each.request.key, Captured(each.request.key, "the capture gave no answer", ROWS_MISSING)
@@ -277,17 +284,24 @@ class Engine:
                 )
         return [refused.get(each.request.key) or finished[each.request.key] for each in submissions]
 
+    def _collect(self, submitted: Sequence[Submission], outputs: Sequence[Any]) -> dict[str, Captured]:
+        """What was kept of the samples that vLLM has finished, by key."""
+        drained = self._llm.collective_rpc("cascache_drain")
+        return {each["key"]: Captured.from_wire(each) for rank in drained for each in rank}
+
+    def _wishes(self, submission: Submission, *, whole: bool) -> dict[str, Any]:
+        """Sampling parameters that have a sample's rows kept."""
+        wanted = whole or any(rows is not None for rows in submission.request.visual_rows)
+        return {
+            "skip_reading_prefix_cache": wanted or None,
+            "extra_args": {EXTRA_ARG: submission.request.to_extra()},
+        }
+
     def _submit(self, submission: Submission, *, whole: bool) -> None:
         from vllm import SamplingParams
 
-        wanted = whole or any(rows is not None for rows in submission.request.visual_rows)
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            skip_reading_prefix_cache=wanted or None,
-            extra_args={EXTRA_ARG: submission.request.to_extra()},
-        )
+        wishes = self._wishes(submission, whole=whole)
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, **wishes)
         prompt = _to_vllm(submission.prompt, submission.pixels)
         self._llm.enqueue([prompt], [params], use_tqdm=False)
 

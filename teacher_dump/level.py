@@ -1,6 +1,7 @@
 """What the settings make of a level: its plan, its manifest, how its engine is started."""
 
 import importlib.metadata
+import json
 from itertools import count
 from pathlib import Path
 
@@ -78,8 +79,11 @@ def plan_dump(config: DumpConfig, source: SampleSource) -> Plan:
 def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, plan: Plan) -> Manifest:
     """The identity of the level that these settings give."""
     visual = "visual" in config.positions
+    told = telling_arguments(config.engine_arguments)
+    if config.capture != "hooks":
+        told["capture"] = json.dumps(config.capture)
     return Manifest(
-        teacher=teacher.identity(config.quantization, telling_arguments(config.engine_arguments)),
+        teacher=teacher.identity(config.quantization, told),
         fingerprints=fingerprints(teacher.processor),
         vocab_rows=teacher.vocab_rows,
         vocab_size=teacher.vocab_size,
@@ -147,6 +151,8 @@ def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> E
         prefix_cache=config.prefix_cache,
         seed=config.seed,
         any_version=config.any_vllm,
+        hooks=config.capture == "hooks",
+        vocab_rows=teacher.vocab_rows,
         arguments=arguments,
         capture=CaptureSettings(
             topk=0 if capture.sampling == "random" else capture.topk,

@@ -163,7 +163,8 @@ def _need(owner: Any, path: str) -> Any:
         if not hasattr(owner, name):
             raise EngineError(
                 f"this vLLM has no {type(owner).__module__}.{type(owner).__name__}.{name}, which the capture "
-                f"hooks; tested: vllm {', '.join(TESTED_VLLM)}; install one of them"
+                f"hooks; tested: vllm {', '.join(TESTED_VLLM)}; install one of them, or keep likeliest ids "
+                "alone with --capture prompt-logprobs --relation-store none"
             )
         owner = getattr(owner, name)
     return owner

@@ -4,10 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.chat import load_processor
 from common.errors import CascacheError
 from schemas.manifest import Capture
 from teacher_dump.engine import Engine, EngineSettings
+from teacher_dump.public import choose_engine
 from teacher_dump.records import PartCapture
 from teacher_dump.request import Captured, CaptureSettings
 from tests.teacher_dump.examples import prepare, questions_on_one_image, samples, submission
@@ -153,11 +156,41 @@ def shared(models: Path, family: str, cached: str) -> dict[str, Any]:
         return {"results": results, "again": again, "computed": computed[0] // 2, "waves": waves[0] // 2}
 
 
-def missing_seam(models: Path, family: str) -> str:
-    """What starting says when an attribute that the capture hooks is gone."""
+def public(models: Path, family: str) -> dict[str, Any]:
+    """Rows through prompt_logprobs in a vLLM whose seam has another name; a head without padding rows."""
+    _rename_seam()
+    model = models / "unpadded" / family
+    processor = load_processor(str(model))
+    items = [prepare(processor, each) for each in samples()]
+    size = len(processor.tokenizer)
+    plain = CaptureSettings(topk=TOPK, visual_topk=8, vocab_size=size, store="none")
+    with choose_engine(settings(model, capture=plain, hooks=False, vocab_rows=size)) as engine:
+        first = submission(items[0])
+        end = replace(first.request, response_rows=np.array([first.request.num_positions - 1], np.int32))
+        return {
+            "captured": engine.run([submission(each) for each in items]),
+            "beyond": engine.run([replace(first, request=end)])[0],
+        }
+
+
+def _rename_seam() -> None:
+    """Rename the attribute that the capture hooks, where it is defined and where it is called."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    del GPUModelRunner._get_prompt_logprobs_dict
+    old, new = "_get_prompt_logprobs_dict", "_another_name"
+    setattr(GPUModelRunner, new, getattr(GPUModelRunner, old))
+    delattr(GPUModelRunner, old)
+    for each in vars(GPUModelRunner).values():
+        function = getattr(each, "__wrapped__", each)
+        code = getattr(function, "__code__", None)
+        if code is not None and old in code.co_names:
+            names = tuple(new if name == old else name for name in code.co_names)
+            function.__code__ = code.replace(co_names=names)
+
+
+def missing_seam(models: Path, family: str) -> str:
+    """What starting says when an attribute that the capture hooks is gone."""
+    _rename_seam()
     return _refusal(settings(models / family))
 
 

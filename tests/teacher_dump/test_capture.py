@@ -32,6 +32,7 @@ CASES = [
     "shared:llava_onevision:on",
     "shared:llava_onevision:off",
     "missing_seam:llava_siglip",
+    "public:llava_siglip",
     "vanishing:llava_siglip",
 ]
 CAPTURES = [case for case in CASES if case.startswith("capture")]
@@ -43,6 +44,8 @@ def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     out = tmp_path_factory.mktemp("engine")
     for family in {case.split(":")[1] for case in CASES}:
         tiny_families.build(family, tiny_dir)
+    size = len(tiny_families.make_tokenizer())
+    tiny_families.build("llava_siglip", tiny_dir / "unpadded", vocab=size)
     return run_cases("engine_job", tiny_dir, out, CASES)
 
 
@@ -251,6 +254,34 @@ def test_a_missing_seam_is_named(answers: Callable[[str], Any]):
     assert message.startswith("EngineError")
     assert "prompt_logprobs_worker" in message
     assert "0.32.0" in message
+    assert "--capture prompt-logprobs" in message
+
+
+@pytest.mark.slow
+def test_without_the_seam_rows_come_through_prompt_logprobs(answers: Callable[[str], Any], tiny_dir: Path):
+    """Log-probs and kept sets are exact; the mass outside is within float32's rounding of a sum."""
+    model = tiny_dir / "unpadded" / "llava_siglip"
+    expected, processor = forward_all(model), load_processor(str(model))
+    found = answers("public:llava_siglip")
+    for example, captured in zip(samples(), found["captured"], strict=True):
+        assert captured.problem is None, f"{captured.key}: {captured.problem}"
+        prompt, logits = prepare(processor, example).prompt, expected[example.sample_id]["logits"]
+        check_public(captured.response, logits[response_rows(prompt.spans)], TOPK)
+        for index, image in captured.images.items():
+            assert image.hidden is None
+            assert image.factor is None
+            check_public(image.rows, logits[prompt.images[index].start : prompt.images[index].stop], 8)
+    assert found["beyond"].reason == "rows-missing"
+
+
+def check_public(found: Any, logits: torch.Tensor, topk: int) -> None:
+    exact = logits.double().log_softmax(-1)
+    best = exact.topk(topk, dim=-1)
+    assert np.abs(found.logprobs - best.values.numpy()).max() <= TOLERANCE
+    assert (np.sort(found.token_ids, -1) == np.sort(best.indices.numpy(), -1)).all()
+    outside = 1 - best.values.exp().sum(-1).numpy()
+    assert np.abs(np.exp(found.log_tail[:, 0].astype(np.float64)) - outside).max() <= 1e-5
+    assert not found.logsumexp.any()
 
 
 @pytest.mark.slow
