@@ -2,12 +2,15 @@
 
 student-train --cache ./zarr/l1 [--cache ./zarr/l2] ...     train down the cascade
 student-train eval --model runs/x/model --data held.json    answer held-out questions
+student-train report runs/x [runs/y ...]                    a page about runs
 """
 
+import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from common.errors import CascacheError
@@ -19,6 +22,7 @@ _EPILOG = """examples:
   student-train --cache ./zarr/l1 --cache ./zarr/l2 --student tiny-student --out runs/x --eval held_out.json
   student-train --cache ./zarr/l1 --recipe pt-sft-sft --dry-run
   student-train eval --model runs/x/model --data held_out.json
+  student-train report runs/x runs/y --out report.html
 """
 
 
@@ -28,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments[:1] == ["eval"]:
             return _evaluate(arguments[1:])
+        if arguments[:1] == ["report"]:
+            return _write_page(arguments[1:])
         return _train(arguments)
     except CascacheError as error:
         print(f"student-train: error: {error}", file=sys.stderr)
@@ -66,6 +72,20 @@ def _evaluate(arguments: list[str]) -> int:
 
     scores = run_evaluation(config)
     print(json.dumps(scores, indent=2) if config.json_summary else _table(scores))
+    return 0
+
+
+def _write_page(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="student-train report", description="Write one HTML page about runs, side by side."
+    )
+    parser.add_argument("runs", nargs="+", help="run directories, as --out named them")
+    parser.add_argument("--out", help="the page; default: report.html in the first run's directory")
+    chosen = parser.parse_args(arguments)
+    from student_train.report import write_report
+
+    out = write_report(chosen.runs, Path(chosen.out or Path(chosen.runs[0]) / "report.html"))
+    print(f"page: {out}")
     return 0
 
 

@@ -40,7 +40,7 @@ class Metrics:
         """Forget lines past a step, left by a run that was killed after its last checkpoint."""
         if self._path is None or not self._path.exists():
             return
-        kept = [line for line in _read_lines(self._path) if int(line["total_step"]) <= total_steps]
+        kept = [line for line in read_lines(self._path) if int(line["total_step"]) <= total_steps]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(self._path)
@@ -103,12 +103,16 @@ def read_stage_ends(path: Path) -> dict[str, Line]:
     Args:
         path: The JSONL file; it may be missing.
     """
-    lines = _read_lines(path) if path.exists() else []
+    lines = read_lines(path) if path.exists() else []
     return {f"l{line['level']}/{line['stage']}": line for line in lines}
 
 
-def _read_lines(path: Path) -> list[Line]:
-    """Read whole lines; a torn last one, left by a kill, is dropped."""
+def read_lines(path: Path) -> list[Line]:
+    """Read the whole lines of a JSONL file; a torn last one, left by a kill, is dropped.
+
+    Args:
+        path: The file.
+    """
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -239,7 +239,7 @@ def open_level(path: str, config: TrainConfig) -> Level:
     cache = CacheReader(path, proven=bool(config.expect))
     if not cache.num_samples:
         raise PartMissing(f"{path} holds no finished part yet; run its teacher-dump command again")
-    if config.data is None and cache.manifest.with_images:
+    if config.data is None and cache.manifest.with_images and not cache.manifest.without_text:
         return Level(path, cache, OwnSamples(cache))
     found = cache.manifest.data_source
     data = config.data or (found.path if found else None)

@@ -41,6 +41,7 @@ from student_train.model import Student, load_student, save_student
 from student_train.pixels import PixelLoader
 from student_train.plan import Plan, PlannedStage, make_plan
 from student_train.profiling import Profiler
+from student_train.retell import retold
 from student_train.rundir import RunDirectory
 from student_train.step import StageTrainer, StepReport
 from student_train.stream import RecordSource, Share, StepInput, Stream, input_layout
@@ -208,6 +209,7 @@ class Run:
     def _stream(self, planned: PlannedStage) -> Stream:
         assert self.student is not None
         config, level = self.plan.config, self.plan.levels[planned.level]
+        records = retold(level.cache, level.source, self.plan.processor)
         layout = input_layout(
             self.plan.processor,
             self.plan.shape.image_token_id,
@@ -215,7 +217,7 @@ class Run:
             vocab_size=self._vocab_size(planned),
         )
         return Stream(
-            RecordSource(level.cache, keep_blocks=2 * config.shuffle_blocks),
+            RecordSource(records, keep_blocks=2 * config.shuffle_blocks),
             PixelLoader(
                 level.source,
                 self.plan.processor,
