@@ -13,6 +13,7 @@ python -m scripts.fuzz_cache [--seconds 120] [--seed 0] [--out build/bench/fuzz.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import resource
@@ -52,7 +53,8 @@ def make_cache(root: Path, variant: int = 0) -> dict[str, Record]:
 
     Args:
         root: Where to.
-        variant: 0: pcodec, steps, factors. 1: portable, bfloat16 logits, dictionaries, hidden states too.
+        variant: 0: pcodec, steps, factors. 1: portable, bfloat16 logits, dictionaries, hidden states and
+            image files too.
 
     Returns:
         The truth, by sample id.
@@ -64,6 +66,7 @@ def make_cache(root: Path, variant: int = 0) -> dict[str, Record]:
     }
     if variant:
         changes["encoding"] = Encoding(profile="portable", logits="bfloat16")
+        changes["with_images"] = True
         changes["relation"] = Relation(store="both", hidden_encoding="int8")
     writer = CacheWriter.open(str(root), plain.model_copy(update=changes), block_rows=60)
     truth: dict[str, Record] = {}
@@ -79,13 +82,17 @@ def make_cache(root: Path, variant: int = 0) -> dict[str, Record]:
 
 
 def _with_few_ids(record: Record, rng: np.random.Generator) -> Record:
-    """The same record with ids from a small pool, and hidden states at its images."""
+    """The same record with ids from a small pool; its images with hidden states and a file."""
     images = []
     for image in record.visual:
         pool = np.random.default_rng(int(image.key[:8], 16))
         hidden = pool.normal(size=(image.num_positions, 8)).astype(np.float32)
         topk = None if image.topk is None else _narrow(image.topk, pool)
-        images.append(dataclasses.replace(image, hidden=hidden, topk=topk))
+        encoded = pool.bytes(int(pool.integers(40, 80)))
+        name = hashlib.sha256(encoded).hexdigest()
+        images.append(
+            dataclasses.replace(image, hidden=hidden, topk=topk, encoded=encoded, image_sha256=name)
+        )
     return dataclasses.replace(record, response=_narrow(record.response, rng), visual=tuple(images))
 
 
@@ -121,6 +128,8 @@ def _read_all(root: Path) -> dict[str, Record]:
         _ = cache.seals, cache.kinds, cache.complete
         for block in range(cache.num_blocks):
             held = cache.read_block(block)
+            if cache.manifest.with_images:
+                cache.read_images(block)
             for index in range(len(held)):
                 held.record(index)
         return {name: cache.read_record(name) for name in cache.sample_ids}
@@ -143,7 +152,8 @@ def _sane_factors(record: Record) -> bool:
 
 def _sane_rows(rows: TopK, length: int) -> bool:
     used = rows.logprobs > -np.inf
-    good = not np.isnan(rows.logprobs).any() and not (rows.logprobs > SLACK_NATS).any()
+    rounded = 2.0**-8 * np.abs(rows.logsumexp[:, :1])
+    good = not np.isnan(rows.logprobs).any() and not (rows.logprobs > SLACK_NATS + rounded).any()
     good &= bool(np.isfinite(rows.logsumexp).all()) and not np.isnan(rows.log_tail).any()
     good &= not (rows.log_tail > SLACK_NATS).any()
     good &= bool((rows.token_ids >= 0).all() and (rows.token_ids < VOCAB).all())

@@ -1,7 +1,8 @@
 """`cascache info · verify · repair · finalize`: look at a cache, prove it, mend it."""
 
 import argparse
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +54,32 @@ def run_info(arguments: argparse.Namespace) -> tuple[int, Answer]:
             "visual_rows": sum(seal.num_visual_rows for seal in seals),
             "bytes": num_bytes,
             "bytes_per_position": round(num_bytes / rows, 2) if rows else None,
+            "bytes_by_array": _bytes_by_array(seals),
+            "fidelity": _worst(seals, "fidelity", min),
+            "errors": _worst(seals, "errors", max),
             "manifest": cache.manifest.model_dump(mode="json"),
         }
     return 0, answer
+
+
+def _bytes_by_array(seals: Iterable["PartSeal"]) -> dict[str, int]:
+    """Bytes of each array over all parts, largest first."""
+    sizes = Counter[str]()
+    for seal in seals:
+        for name, file in seal.files.items():
+            sizes[name.split("/")[0]] += file.size_bytes
+    return dict(sizes.most_common())
+
+
+def _worst(
+    seals: Iterable["PartSeal"], field: str, worse: Callable[[float, float], float]
+) -> dict[str, float]:
+    """The worst of all parts, number by number."""
+    found: dict[str, float] = {}
+    for seal in seals:
+        for name, value in getattr(seal, field).items():
+            found[name] = worse(found.get(name, value), value)
+    return found
 
 
 def _missing_text(seals: Mapping[int, "PartSeal"], manifest: "Manifest") -> str:

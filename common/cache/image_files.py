@@ -49,9 +49,15 @@ def pack_image_files(images: Sequence[VisualRecord]) -> dict[str, Array]:
 
 
 def image_hashes(columns: Mapping[str, Array]) -> list[str]:
-    """SHA-256 of each image entry of a block."""
-    keys = columns.get("image_keys", np.empty(0, np.uint8)).reshape(-1, KEY_BYTES + SHA_BYTES)
-    return [bytes(row[KEY_BYTES:]).hex() for row in keys]
+    """SHA-256 of each image entry of a block.
+
+    Raises:
+        PartCorrupt: The table ends within an entry.
+    """
+    keys = columns.get("image_keys", np.empty(0, np.uint8))
+    if len(keys) % (KEY_BYTES + SHA_BYTES):
+        raise PartCorrupt(f"a table of images has {len(keys)} bytes, which is no number of entries; {AGAIN}")
+    return [bytes(row[KEY_BYTES:]).hex() for row in keys.reshape(-1, KEY_BYTES + SHA_BYTES)]
 
 
 def unpack_image_files(columns: Mapping[str, Array], where: str) -> dict[str, bytes]:

@@ -262,9 +262,10 @@ def _check_values(scalars: Array, logprobs: Array, num_temperatures: int, encodi
     tops = logprobs[:1] if encoding.logits == "steps" else logprobs
     masses, sums = scalars[: 1 + num_temperatures], scalars[1 + num_temperatures :]
     slack = MASS_SLACK_NATS + (encoding.logit_step / 16 if encoding.logits == "steps" else 0)
-    if encoding.logits == "bfloat16":
-        slack += BFLOAT16_ERROR * float(np.abs(sums[:1]).max(initial=0))
-    good = all(not each.size or bool(each.max() <= slack) for each in (tops, masses))
+    rounded = BFLOAT16_ERROR * np.abs(sums[0]) if encoding.logits == "bfloat16" else 0.0
+    good = bool((masses <= slack).all()) and bool(
+        (tops.max(axis=0, initial=-np.inf) <= slack + rounded).all()
+    )
     if not good or not np.isfinite(sums).all():
         raise ValueError("values that are no log-probabilities")
 

@@ -12,6 +12,7 @@ from scripts import fuzz_cache
 from scripts.fuzz_mutations import DEEP, DOUBLE, Mutation, draw, mutate
 
 CODEC = ("codecs", 0, "configuration", "codecs", 0)
+ARRAYS = ("attributes", "arrays")
 TOKENS = "{part}/sample_tokens/zarr.json"
 
 ONCE_ACCEPTED = {
@@ -38,7 +39,14 @@ ONCE_ACCEPTED_WITH_DICTIONARIES = {
     "a negative place": Mutation("values", "{part}/response_dictionary", (0, "set", 0), -1, True),
     "hidden states without end": Mutation("values", "{part}/image_hidden_scale", (0, "set", 0), 1e38, True),
     "a dictionary too long": Mutation("values", "{part}/response_dictionary_sizes", (0, "add", 0), 1, True),
+    "half an image's entry": Mutation(
+        "json", "{part}/zarr.json", (*ARRAYS, "image_keys", "lengths"), [7], True
+    ),
+    "a file of another hash": Mutation("values", "{part}/image_files", (0, "add", 3), 1, True),
     "codes outside it": Mutation("values", "{part}/response_codes", (0, "fill", 0), 499, True),
+    "a tail above one": Mutation(
+        "chunk", "{part}/visual_scalars/c.0.0", (0, 20, 7), 884724235350104183, True
+    ),
     "a sum without end": Mutation("values", "{part}/response_scalars", (0, "fill", 0), float("inf"), True),
 }
 
