@@ -67,6 +67,7 @@ SAMPLE_ARRAYS: Final = (
     ArraySpec("sample_tokens", ("int32",), ("T",), "dense"),
     ArraySpec("sample_spans", ("int32",), ("field", "span"), "small"),
     ArraySpec("sample_images", ("int32",), ("use",), "small"),
+    ArraySpec("sample_token_hashes", ("uint8",), ("byte",), "small", optional=True),
 )
 
 IMAGE_ARRAYS: Final = (

@@ -145,7 +145,7 @@ class Derived(Frozen):
     identity_sha256: str
     """Hash of the identity fields of the cache it was taken from."""
     left_out: tuple[str, ...]
-    """Groups of arrays left out: `visual`, `relation`, `hidden`, `images`."""
+    """Groups of arrays left out: `text`, `visual`, `relation`, `hidden`, `images`."""
 
 
 class Manifest(Frozen):
@@ -179,6 +179,8 @@ class Manifest(Frozen):
     """Samples a part, except the last."""
     with_images: bool = False
     """Whether the encoded image files are in the cache, so that a student needs no other data."""
+    without_text: bool = False
+    """Whether token ids outside images were taken out: they have to be told again from the data."""
     derived_from: Derived | None = None
     """The fuller cache this one was taken from, if it is not a dump of its own."""
     tools: dict[str, str] = {}

@@ -48,10 +48,10 @@ def workplace(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_the_sharing_page(workplace):
-    from scripts.loopback_s3 import serve_bucket
+    from scripts.loopback_s3 import serve_bucket_apart
 
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with serve_bucket() as bucket:
+    with serve_bucket_apart() as bucket:
         environment = os.environ | bucket | {"PATH": path, "OMP_NUM_THREADS": "1"}
         for block in blocks("sharing.md"):
             command = ["bash", "-euc", block]

@@ -94,6 +94,8 @@ class Block:
         }
         if "image_hidden_scale" in columns:
             sizes["image_hidden_scale"] = np.where(images["hidden_width"] >= 0, images["num_positions"], 0)
+        if self._manifest.without_text or "sample_token_hashes" in columns:
+            sizes["sample_token_hashes"] = np.full(len(text), SHA_BYTES)
         offsets = {}
         for name, counts in sizes.items():
             ends = np.zeros(len(counts) + 1, np.int64)
@@ -178,6 +180,12 @@ class Block:
             else self.response.topk(rows.start, rows.stop),
             visual=tuple(self.visual_record(int(i)) for i in self.image_indices(index)),
         )
+
+    def token_hash(self, index: int) -> bytes | None:
+        """SHA-256 of a sample's token ids as little-endian int32, where they were taken out; else None."""
+        if "sample_token_hashes" not in self._columns:
+            return None
+        return bytes(self._columns["sample_token_hashes"][self._slice("sample_token_hashes", index)])
 
     def image_indices(self, index: int) -> NDArray[np.int32]:
         """Which of the block's images a sample uses, one per image span."""

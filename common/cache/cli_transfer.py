@@ -55,6 +55,12 @@ def _add_subset(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--strip-images", action="store_true", help="all but the image files; ids and hashes stay"
     )
+    command.add_argument(
+        "--strip-text",
+        action="store_true",
+        help="all but the token ids of the text; hashes stay, and a student tells them again from --data. "
+        "Response rows stay too, and their likeliest ids are close to the text",
+    )
     command.add_argument("--jobs", type=int, default=16, metavar="N", help="files copied side by side")
 
 
@@ -92,6 +98,8 @@ def run_transfer(arguments: argparse.Namespace) -> tuple[int, Answer]:
     keep = parse_arrays(arguments.arrays) if arguments.arrays else frozenset(GROUPS)
     if arguments.strip_images:
         keep -= {"images"}
+    if arguments.strip_text:
+        keep -= {"text"}
     settings = {
         "num_samples": parse_samples(arguments.samples) if arguments.samples else None,
         "keep": keep,

@@ -1,42 +1,34 @@
 """Less of a cache: which parts hold the first samples, and parts without some of their arrays.
 
-    topk        top-k rows at response positions      always kept, with token ids and spans
-    visual      top-k rows at image positions    ┐
+    topk        top-k rows at response positions      always kept, with spans
+    text        token ids outside images         ┐
+    visual      top-k rows at image positions    │
     relation    relation factors                 │    may be left out: the manifest then says what a dump
     hidden      hidden states of images          │    without them would say, and every part gets a new
     images      encoded image files              ┘    seal, which names the old one
 
-Files that stay are copied and keep their hashes; only the table of images and the part's own metadata
-are written anew.
+Files that stay are copied and keep their hashes; few are written anew (`rewrite.py`).
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, get_args
-
-import numpy as np
+from typing import Any, Final, Literal, get_args
 
 from common.cache import layout
 from common.cache.landing import proven
-from common.cache.shard import (
-    SHARD_NAME,
-    array_json,
-    coding_for,
-    decode_chunk,
-    encode_shard,
-    parse_array_json,
-)
+from common.cache.rewrite import PartArrays, without_counts, without_text
 from common.cache.store import Store
 from common.errors import ConfigError, PartCorrupt
-from schemas.arrays import IMAGE_COLUMNS, IMAGE_FILE_ARRAYS, ROW_ARRAYS, array_table
+from schemas.arrays import IMAGE_FILE_ARRAYS, ROW_ARRAYS
 from schemas.manifest import Derived, FileSeal, Manifest, PartSeal
 
-Group = Literal["topk", "visual", "relation", "hidden", "images"]
+Group = Literal["topk", "text", "visual", "relation", "hidden", "images"]
 
 GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 
 ARRAYS: Final[Mapping[Group, frozenset[str]]] = {
+    "text": frozenset(),
     "visual": frozenset(f"visual_{spec.name}" for spec in ROW_ARRAYS),
     "relation": frozenset({"image_factor", "image_factor_scale"}),
     "hidden": frozenset({"image_hidden", "image_hidden_scale"}),
@@ -53,7 +45,8 @@ def held_groups(manifest: Manifest) -> tuple[Group, ...]:
     store = manifest.relation.store
     held: dict[Group, bool] = {
         "topk": manifest.capture.positions != "visual",
-        "visual": manifest.capture.positions != "response",
+        "text": not manifest.without_text,
+        "visual": manifest.capture.positions != "response" and manifest.capture.visual_fraction > 0,
         "relation": store in ("factor", "both"),
         "hidden": store in ("hidden", "both"),
         "images": manifest.with_images,
@@ -62,7 +55,7 @@ def held_groups(manifest: Manifest) -> tuple[Group, ...]:
 
 
 def parse_arrays(text: str) -> frozenset[Group]:
-    """The groups to keep, from `topk,visual`.
+    """The groups to keep, from `topk,visual`; text stays.
 
     Raises:
         ConfigError: An unknown group, or `topk` is not among them.
@@ -73,8 +66,8 @@ def parse_arrays(text: str) -> frozenset[Group]:
         found = (
             f"does not know {unknown[0]!r}" if unknown else f"{text!r} leaves out topk, which always stays"
         )
-        raise ConfigError(f"--arrays {found}; give topk, and any of {', '.join(GROUPS[1:])}")
-    return frozenset(group for group in GROUPS if group in names)
+        raise ConfigError(f"--arrays {found}; give topk, and any of {', '.join(GROUPS[2:])}")
+    return frozenset(group for group in GROUPS if group in names | {"text"})
 
 
 def parse_samples(text: str) -> int:
@@ -107,6 +100,10 @@ def subset_manifest(manifest: Manifest, keep: Iterable[Group]) -> Manifest:
         return manifest
     if "visual" in lost and manifest.capture.positions != "response+visual":
         raise ConfigError(f"the cache holds {manifest.capture.positions} rows only; they cannot be left out")
+    if "text" in lost and manifest.capture.responses == "teacher":
+        raise ConfigError(
+            "the responses are the teacher's own and in no data: without text nobody knows them"
+        )
     left = [g for g in held_groups(manifest) if g in ("relation", "hidden") and g not in lost]
     names: dict[tuple[str, ...], str] = {("relation", "hidden"): "both", ("relation",): "factor"}
     store = names.get(tuple(left), left[0] if left else "none")
@@ -120,6 +117,7 @@ def subset_manifest(manifest: Manifest, keep: Iterable[Group]) -> Manifest:
         "capture": manifest.capture.model_dump() | {"positions": positions},
         "relation": manifest.relation.model_dump() | {"store": store},
         "with_images": manifest.with_images and "images" not in lost,
+        "without_text": manifest.without_text or "text" in lost,
         "derived_from": derived.model_dump(),
     }
     return Manifest.model_validate(fields)
@@ -145,7 +143,7 @@ def same_part(seal: PartSeal, document: bytes) -> PartFiles:
 
 
 def subset_part(
-    store: Store, seal: PartSeal, document: bytes, *, lost: Iterable[Group], identity_sha256: str
+    store: Store, seal: PartSeal, document: bytes, *, lost: Iterable[Group], wanted: Manifest
 ) -> PartFiles:
     """A part without some groups.
 
@@ -154,12 +152,12 @@ def subset_part(
         seal: The part's seal there.
         document: The same as it stands there.
         lost: Groups to leave out.
-        identity_sha256: Identity of the target.
+        wanted: The target's manifest.
 
     Raises:
         PartCorrupt: A file that has to be read is not what was sealed.
     """
-    lost = tuple(lost)
+    lost, identity_sha256, profile = tuple(lost), layout.identity_sha256(wanted), wanted.encoding.profile
     doomed = frozenset[str]().union(*(ARRAYS[group] for group in lost))
     base = f"{layout.PARTS}/{seal.directory}"
 
@@ -170,7 +168,7 @@ def subset_part(
     try:
         attributes = layout.read_guarded_json(read(layout.METADATA))
         arrays, ids = (dict(attributes[name]) for name in ("arrays", "ids"))  # type: ignore[call-overload]
-        written = _image_table(read, arrays, lost) if "image_columns" in arrays else {}
+        written = _rewrite(PartArrays(read, arrays, profile), arrays, lost)
     except (ValueError, KeyError, TypeError) as error:
         raise PartCorrupt(f"{store.name}/{base} is damaged ({error}); run `cascache verify`") from error
     arrays = {name: used for name, used in arrays.items() if name not in doomed}
@@ -198,26 +196,11 @@ def subset_part(
     return PartFiles(changed, layout.guarded_json(changed.model_dump(mode="json")), base, written)
 
 
-def _image_table(
-    read: Callable[[str], bytes], arrays: Mapping[str, Mapping[str, list[int]]], lost: Iterable[Group]
-) -> dict[str, bytes]:
-    """`image_columns`, its counts of what is left out set to −1: nothing is kept."""
-    name, where = "image_columns", "the table of images"
-    meta = parse_array_json(read(f"{name}/{layout.METADATA}"), where)
-    shard = read(f"{name}/{SHARD_NAME}")
-    tail = meta.num_blocks * 16 + 4
-    index = np.frombuffer(shard[-tail:-4], "<u8").reshape(-1, 2).tolist()
-    rows = [IMAGE_COLUMNS.index(_COLUMN[group]) for group in lost if group in _COLUMN]
-    pieces = []
-    for (offset, length), used in zip(index, arrays[name]["lengths"], strict=True):
-        table = np.empty(len(IMAGE_COLUMNS) * used, meta.dtype)
-        decode_chunk(shard[offset : offset + length], meta, table, where)
-        table.reshape(len(IMAGE_COLUMNS), used)[rows] = -1
-        pieces.append(table)
-    profile = "portable" if meta.coding == "blosc" else "pcodec"
-    coding = coding_for(profile, meta.dtype, array_table()[name].packing)
-    data, capacity = encode_shard(pieces, [max(1, piece.size) for piece in pieces], coding)
-    return {
-        f"{name}/{SHARD_NAME}": data,
-        f"{name}/{layout.METADATA}": array_json(meta.dtype, (meta.num_blocks, capacity), coding),
-    }
+def _rewrite(part: PartArrays, arrays: dict[str, Any], lost: Sequence[Group]) -> dict[str, bytes]:
+    """Files of the arrays that change; `arrays` gets what is new."""
+    columns = [_COLUMN[group] for group in lost if group in _COLUMN]
+    written = without_counts(part, columns) if columns and "image_columns" in arrays else {}
+    if "text" in lost:
+        files, arrays["sample_token_hashes"] = without_text(part)
+        written |= files
+    return written

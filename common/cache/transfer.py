@@ -178,7 +178,7 @@ class Mover:
             lost: Groups of arrays to leave out.
         """
         self._pool, self._target, self._lost = pool, writer.store, lost
-        self._identity = layout.identity_sha256(writer.manifest)
+        self._wanted = writer.manifest
         self._source_identity = layout.identity_sha256(manifest)
         self.reused_bytes = 0
 
@@ -201,7 +201,7 @@ class Mover:
             )
         if not self._lost:
             return same_part(seal, document)
-        return subset_part(store, seal, document, lost=self._lost, identity_sha256=self._identity)
+        return subset_part(store, seal, document, lost=self._lost, wanted=self._wanted)
 
     def run(self, todo: Sequence[tuple[Source, PartFiles]]) -> Iterator[int]:
         """Copy parts and seal them in order; yields bytes as files land.

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from common.cache.reader import CacheReader
-from common.cache.subset import parse_arrays
+from common.cache.subset import GROUPS, parse_arrays
 from common.cache.transfer import transfer
 from common.cache.writer import CacheWriter
 from common.data.open import open_source
+from common.errors import MismatchError
 from common.images import image_bytes
 from student_train.cli import main
 from student_train.train import train
@@ -56,6 +57,23 @@ def test_a_cache_with_images_trains_as_with_the_data(config, self_contained, sha
     assert losses(config.out) == losses(tmp_path / "other")
 
 
+def test_without_its_text_a_cache_trains_as_with_it(config, self_contained, shapes, tmp_path, capsys):
+    bare = str(tmp_path / "bare" / "l1")
+    transfer([self_contained], bare, keep=set(GROUPS) - {"text", "images"})
+    train(config.model_copy(update={"cache": (self_contained,)}))
+    changes = {"cache": (bare,), "data": str(shapes), "out": str(tmp_path / "other")}
+    train(config.model_copy(update=changes))
+    assert losses(config.out) == losses(tmp_path / "other")
+    other = tmp_path / "other.json"
+    other.write_text(shapes.read_text().replace("what", "which"))
+    assert other.read_text() != shapes.read_text()
+    changes |= {"data": str(other), "image_root": str(shapes.parent), "out": str(tmp_path / "wrong")}
+    with pytest.raises(MismatchError, match="not what the teacher read"):
+        train(config.model_copy(update=changes))
+    assert main(["--cache", bare, "--student", STUDENT, "--dry-run"]) == 2
+    assert "name it with --data" in capsys.readouterr().err
+
+
 def test_less_of_a_cache_trains(self_contained, tmp_path):
     part = str(tmp_path / "part" / "l1")
     transfer([self_contained], part, num_samples=10, keep=parse_arrays("topk,images"))
@@ -68,10 +86,10 @@ def test_less_of_a_cache_trains(self_contained, tmp_path):
 def test_a_cache_in_a_bucket_trains_like_one_on_disk(config, self_contained, tmp_path, monkeypatch, capsys):
     pytest.importorskip("obstore")
     pytest.importorskip("moto.server")
-    from scripts.loopback_s3 import serve_bucket, use
+    from scripts.loopback_s3 import serve_bucket_apart, use
 
     copy = {"CASCACHE_COPY": str(tmp_path / "copy"), "CASCACHE_COPY_BYTES": "300000"}
-    with serve_bucket() as environment, use(environment | copy):
+    with serve_bucket_apart() as environment, use(environment | copy):
         transfer([self_contained], "s3://caches/team/l1")
         flags = ["--recipe", config.recipe, "--log-steps", "1", "--no-tensorboard"]
         common = ["--student", STUDENT, *flags]

@@ -116,6 +116,39 @@ def test_a_cache_without_some_arrays_is_what_a_dump_without_them_is(tmp_path, as
             assert all(old.files[name] == seal.files[name] for name in seal.files.keys() - anew)
 
 
+@pytest.mark.parametrize("profile", ["pcodec", "portable"])
+def test_without_text_hashes_stay(tmp_path, profile, capsys):
+    source, target = write(tmp_path / "l1", range(2), profile=profile), str(tmp_path / "less")
+    assert main(["pull", source, target, "--strip-text", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["missing"] == [2, 3]
+    with CacheReader(target) as cache:
+        assert cache.manifest.without_text
+        for number in range(cache.num_blocks):
+            block = cache.read_block(number)
+            for index, sample_id in enumerate(block.sample_ids):
+                record = next(r for p in range(2) for r in full_records(p) if r.sample_id == sample_id)
+                shown, held = np.zeros_like(record.token_ids), block.record(index)
+                for span in record.spans:
+                    if span.kind == "image":
+                        shown[span.start : span.stop] = record.token_ids[span.start : span.stop]
+                assert np.array_equal(held.token_ids, shown)
+                told = hashlib.sha256(record.token_ids.astype("<i4").tobytes()).digest()
+                assert block.token_hash(index) == told
+                blanked = dataclasses.replace(record, token_ids=shown)
+                assert_same_record(held, blanked, step=STEP)
+    assert not verify(target).problems
+    again = str(tmp_path / "again")
+    transfer([target], again, keep=parse_arrays("topk"))
+    assert not verify(again).problems
+    assert CacheReader(again).read_block(0).token_hash(0) == CacheReader(target).read_block(0).token_hash(0)
+
+
+def test_the_teachers_own_words_cannot_be_told_again():
+    manifest = full_manifest(capture={"responses": "teacher"})
+    with pytest.raises(ConfigError, match="teacher's own"):
+        subset_manifest(manifest, parse_arrays("topk") - {"text"})
+
+
 def test_what_was_left_out_of_a_subset_is_remembered():
     once = subset_manifest(full_manifest(), parse_arrays("topk,visual"))
     twice = subset_manifest(once, parse_arrays("topk"))
@@ -229,7 +262,7 @@ def test_levels_from_place_to_place(tmp_path, capsys):
     code, answer = run(capsys, "ls", back)
     assert code == 1
     (level,) = answer["levels"]
-    assert (level["name"], level["parts"], level["samples"], level["arrays"]) == ("l2", "2 of 4", 6, ["topk"])
+    assert (level["name"], level["parts"], level["samples"], level["arrays"]) == ("l2", "2 of 4", 6, ["topk", "text"])
     code, answer = run(capsys, "info", f"{back}/l2")
     assert (answer["complete"], answer["left_out"]) == (False, ["visual", "relation", "hidden"])
     assert "holds 6 of 12 planned samples" in answer["partial"]
