@@ -263,7 +263,7 @@ def _check_values(scalars: Array, logprobs: Array, num_temperatures: int, encodi
     masses, sums = scalars[: 1 + num_temperatures], scalars[1 + num_temperatures :]
     slack = MASS_SLACK_NATS + (encoding.logit_step / 16 if encoding.logits == "steps" else 0)
     rounded = BFLOAT16_ERROR * np.abs(sums[0]) if encoding.logits == "bfloat16" else 0.0
-    good = bool((masses <= slack).all()) and bool(
+    good = bool(masses.max(initial=-np.inf) <= slack) and bool(
         (tops.max(axis=0, initial=-np.inf) <= slack + rounded).all()
     )
     if not good or not np.isfinite(sums).all():
@@ -276,8 +276,10 @@ def _check_kept(columns: Mapping[str, Array], lowest: Array, num_ranks: int) -> 
     Raises:
         ValueError: A row is one of these.
     """
-    kept = columns.get("kept", np.full(len(lowest), num_ranks))
-    if int(kept.max(initial=0)) > num_ranks or (np.isneginf(lowest) & (kept > 0)).any():
+    kept, nothing = columns.get("kept"), np.isneginf(lowest)
+    if kept is not None:
+        nothing &= kept > 0
+    if (kept is not None and int(kept.max(initial=0)) > num_ranks) or nothing.any():
         raise ValueError(f"a row keeps more than its {num_ranks} ids, or ids of no probability")
 
 

@@ -44,9 +44,6 @@ ONCE_ACCEPTED_WITH_DICTIONARIES = {
     ),
     "a file of another hash": Mutation("values", "{part}/image_files", (0, "add", 3), 1, True),
     "codes outside it": Mutation("values", "{part}/response_codes", (0, "fill", 0), 499, True),
-    "a tail above one": Mutation(
-        "chunk", "{part}/visual_scalars/c.0.0", (0, 20, 7), 884724235350104183, True
-    ),
     "a sum without end": Mutation("values", "{part}/response_scalars", (0, "fill", 0), float("inf"), True),
 }
 
