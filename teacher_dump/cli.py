@@ -14,6 +14,7 @@ _EPILOG = """examples:
   teacher-dump --model tiny                             the shipped teacher on the built-in images
   teacher-dump --model 7b --topk 64 --data train.json   a level from your data
   teacher-dump --model 7b --data train.json --dry-run   what it would cost
+  teacher-dump ... --dry-run --sample-estimate 64       the same, measured on 64 samples
   teacher-dump verify ./zarr/l1 --sample 32             compute samples again and compare
 A run that was stopped goes on when the same command is given again."""
 
@@ -91,13 +92,39 @@ def _sentence(result: dict[str, Any]) -> str:
             f"{result['quarantined']} samples quarantined{lost}\n"
             f"next: student-train --cache {result['cache']}"
         )
-    seconds, free = result["seconds"], result["disk_free_bytes"] / 1e9
+    seconds, free = result["seconds"], result["disk_free_bytes"]
     time = "unknown" if seconds is None else f"about {seconds:,.0f} s"
-    return (
-        f"plan: {result['teacher']} ({result['dtype']}) on {result['data']} → {result['out']}\n"
+    room = "" if free is None else f" ({free / 1e9:,.1f} GB free)"
+    lines = [
+        f"plan: {result['teacher']} ({result['dtype']}) on {result['data']} → {result['out']}",
         f"  {result['samples']:,} samples with {result['images']:,} images in {result['parts']} parts "
-        f"of {result['part_samples']}: {result['positions']:,} positions\n"
-        f"  size about {result['size_bytes'] / 1e6:,.1f} MB ({free:,.1f} GB free), time {time}"
+        f"of {result['part_samples']}: {result['positions']:,} positions",
+        f"  size about {result['size_bytes'] / 1e6:,.1f} MB{room}, time {time}",
+        f"  {_bad_samples(result['bad_samples'])}",
+    ]
+    if "trial" in result:
+        lines += [f"  {_trial(result['trial'])}"]
+    return "\n".join(lines)
+
+
+def _bad_samples(found: dict[str, Any]) -> str:
+    reasons = found["by_reason"]
+    if not reasons:
+        return f"no bad sample among {found['checked']:,} (images were not decoded)"
+    counted = ", ".join(f"{count} × {reason}" for reason, count in reasons.items())
+    return (
+        f"{sum(reasons.values())} bad samples among {found['checked']:,} (images were not decoded): "
+        f"{counted}; the first: {found['first']}"
+    )
+
+
+def _trial(found: dict[str, Any]) -> str:
+    size, low, high = (each / 1e6 for each in found["size_bytes"])
+    seconds, bad = found["seconds"], [100 * each for each in found["quarantine_share"]]
+    return (
+        f"from {found['samples']} samples, really dumped: {size:,.1f} MB ({low:,.1f} to {high:,.1f}), "
+        f"{seconds[0]:,.0f} s on one engine ({seconds[1]:,.0f} to {seconds[2]:,.0f}) after "
+        f"{found['start_seconds']:,.0f} s to start, {bad[0]:.1f} % unusable ({bad[1]:.1f} to {bad[2]:.1f})"
     )
 
 

@@ -110,6 +110,8 @@ class DumpConfig(Frozen):
     """Say how far the dump at --out is, running or stopped, and stop."""
     dry_run: bool = False
     """Print the plan with an estimate of size and time, and stop."""
+    sample_estimate: int | None = Field(None, ge=1)
+    """With the plan: dump so many random samples for real, throw them away, extrapolate with an interval."""
     json_: bool = Field(False, alias="json")
     """Print the plan or the result as JSON."""
 
@@ -152,6 +154,11 @@ class DumpConfig(Frozen):
         if self.temperature or self.sampling != "topk":
             raise ValueError("--capture prompt-logprobs knows the likeliest ids at temperature 1 only")
         return self
+
+    @property
+    def plans_only(self) -> bool:
+        """Whether nothing is to be dumped."""
+        return self.dry_run or self.sample_estimate is not None
 
     @property
     def draws(self) -> int:

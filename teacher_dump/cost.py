@@ -115,7 +115,7 @@ def describe(
         "parts": len(todo),
         "part_samples": plan.part_samples,
         **_rounded(measured),
-        "disk_free_bytes": shutil.disk_usage(_existing(Path(config.out))).free,
+        "disk_free_bytes": _free_bytes(config.out),
     }
 
 
@@ -157,11 +157,16 @@ def check_disk(config: DumpConfig, described: dict[str, Any]) -> None:
         CacheError: With both sizes.
     """
     wanted, free = _DISK_MARGIN * described["size_bytes"], described["disk_free_bytes"]
-    if wanted > free:
+    if free is not None and wanted > free:
         raise CacheError(
             f"{config.out} needs about {wanted / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
             "make room, give --out another disk, or keep less (--visual-topk, --visual-fraction)"
         )
+
+
+def _free_bytes(out: str) -> int | None:
+    """Room where the cache will lie; an object store has no end."""
+    return None if "://" in out else shutil.disk_usage(_existing(Path(out))).free
 
 
 def _existing(path: Path) -> Path:

@@ -14,11 +14,13 @@ from typing import Any
 from tqdm import tqdm
 
 from common.cache.writer import CacheWriter, read_seal
+from common.data.source import SampleSource
 from common.models import resolve_model
 from schemas.manifest import PartSeal
 from teacher_dump.asking import open_data
 from teacher_dump.config import DumpConfig
 from teacher_dump.cost import check_disk, describe
+from teacher_dump.faults import find_faults
 from teacher_dump.level import (
     check_settings,
     choose_out,
@@ -28,12 +30,13 @@ from teacher_dump.level import (
     plan_dump,
 )
 from teacher_dump.parts import capture_part, make_capture, seal_part
-from teacher_dump.plan import Part
+from teacher_dump.plan import Part, Plan
 from teacher_dump.prompts import Preparer, prepare_ahead
 from teacher_dump.public import choose_engine
 from teacher_dump.quarantine import QuarantineLog
 from teacher_dump.records import PartCapture
 from teacher_dump.teacher import Teacher, find_teacher
+from teacher_dump.trial import run_trial
 
 Say = Callable[[str], None]
 
@@ -53,15 +56,16 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     """
     model = resolve_model(config.model)
     source = open_data(config)
-    teacher = find_teacher(model, dtype=config.dtype, with_weights=not config.dry_run)
+    teacher = find_teacher(
+        model, dtype=config.dtype, with_weights=not config.dry_run or config.sample_estimate is not None
+    )
     check_settings(config, teacher, source)
     plan = plan_dump(config, source)
     preparer = Preparer(
         source, teacher.processor, max_len=longest(config, teacher), asks=config.teacher_answers
     )
-    if config.dry_run:
-        config = config.model_copy(update={"out": choose_out(config.out, None)})
-        return describe(config, teacher, plan, plan.todo(frozenset()), preparer, source)
+    if config.plans_only:
+        return preview(config, teacher, plan, preparer, source)
     manifest = make_manifest(config, source, teacher, plan)
     config = config.model_copy(update={"out": choose_out(config.out, manifest)})
     writer = CacheWriter.open(config.out, manifest)
@@ -91,6 +95,22 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
         "quarantined": quarantine.count,
         "quarantine": str(quarantine.path),
     }
+
+
+def preview(
+    config: DumpConfig, teacher: Teacher, plan: Plan, preparer: Preparer, source: SampleSource
+) -> dict[str, Any]:
+    """The plan with its estimate, and what can be told of bad samples, as JSON types.
+
+    Raises:
+        CascacheError: Nothing of it can be dumped, or a trial was asked for and fails.
+    """
+    config = config.model_copy(update={"out": choose_out(config.out, None)})
+    found = describe(config, teacher, plan, plan.todo(frozenset()), preparer, source)
+    found["bad_samples"] = find_faults(source, plan.order, asks=config.teacher_answers).to_json()
+    if config.sample_estimate is not None:
+        found["trial"] = run_trial(config, teacher, plan, preparer, source)
+    return found
 
 
 def run_parts(

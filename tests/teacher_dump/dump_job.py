@@ -77,6 +77,16 @@ def whole(models: Path) -> tuple[int, str]:
     return said(lambda: main(command(models, write_data(root / "data"), root / "whole")))
 
 
+def trial(models: Path) -> dict[str, Any]:
+    """Half of the samples really dumped to tell what all of them will take."""
+    root = work_of(models)
+    asked = ["--dry-run", "--sample-estimate", "24", "--json"]
+    heard = io.StringIO()
+    with contextlib.redirect_stdout(heard):
+        assert main(command(models, write_data(root / "data"), root / "tried", *asked)) == 0
+    return {"plan": json.loads(heard.getvalue()), "left": (root / "tried").exists()}
+
+
 def killed(models: Path) -> dict[str, Any]:
     """Killed twice at random moments after a seal, then run to the end."""
     root, draw = work_of(models), random.Random(time.time_ns())
@@ -114,10 +124,9 @@ def interrupted(models: Path) -> dict[str, Any]:
     return {"status": status, "said": heard.read_text(), "sealed": len(sealed_parts(root / "interrupted"))}
 
 
-def bad(models: Path) -> dict[str, Any]:
-    """Data with one sample of every fault, under a generous and under a strict limit."""
-    root = work_of(models)
-    file = write_data(root / "bad")
+def write_bad_data(directory: Path) -> Path:
+    """The same with one sample of every fault."""
+    file = write_data(directory)
     entries = json.loads(file.read_text())
     (file.parent / "empty.png").write_bytes(b"")
     (file.parent / "cut.png").write_bytes(picture(0, 60, 60)[:200])
@@ -131,6 +140,13 @@ def bad(models: Path) -> dict[str, Any]:
     entries[6]["conversations"][1]["value"] = ""
     entries[8]["conversations"][1]["value"] = "the dog sat on the mat and " * 200
     file.write_text(json.dumps(entries))
+    return file
+
+
+def bad(models: Path) -> dict[str, Any]:
+    """Data with one sample of every fault, under a generous and under a strict limit."""
+    root = work_of(models)
+    file = write_bad_data(root / "bad")
     arguments = command(models, file, root / "badly", "--max-len", "400")
     strict = said(lambda: main([*arguments, "--max-quarantine", "0.05"]))
     sealed = len(sealed_parts(root / "badly"))

@@ -15,10 +15,17 @@ from common.cache.verify import verify
 from common.record import Record, TopK, VisualRecord
 from teacher_dump.cli import main
 from tests import tiny_families
-from tests.teacher_dump.dump_job import IMAGES_EVERY, NUM_SAMPLES, command, work_of, write_data
+from tests.teacher_dump.dump_job import (
+    IMAGES_EVERY,
+    NUM_SAMPLES,
+    command,
+    work_of,
+    write_bad_data,
+    write_data,
+)
 from tests.teacher_dump.forked import ROOT, run_cases
 
-CASES = ["whole", "killed", "interrupted", "bad", "full_disk", "without_vllm"]
+CASES = ["whole", "trial", "killed", "interrupted", "bad", "full_disk", "without_vllm"]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,22 @@ def test_a_whole_dump_is_complete_and_sound(answers: Callable[[str], Any], work:
     with CacheReader(str(work / "whole")) as cache:
         assert cache.complete
         assert sorted(cache.sample_ids) == [f"s{index:03}" for index in range(NUM_SAMPLES)]
+
+
+@pytest.mark.slow
+def test_a_trial_foretells_what_the_whole_dump_takes(answers: Callable[[str], Any], work: Path):
+    answers("whole")
+    found = answers("trial")
+    assert not found["left"]
+    trial = found["plan"]["trial"]
+    size, low, high = trial["size_bytes"]
+    assert low < size < high
+    with CacheReader(str(work / "whole")) as cache:
+        files = [file for seal in cache.seals.values() for file in seal.files.values()]
+    assert size == pytest.approx(sum(file.size_bytes for file in files), rel=0.15)
+    assert 0 < trial["seconds"][1] < trial["seconds"][0] < trial["seconds"][2]
+    assert trial["quarantine_share"] == pytest.approx([0, 0, 0.138], abs=0.001)
+    assert 24 <= trial["samples"] < NUM_SAMPLES
 
 
 @pytest.mark.slow
@@ -203,6 +226,24 @@ def test_dry_run_counts_without_loading_anything(arguments: list[str], capsys: p
     assert "vllm" not in sys.modules
     assert main([*arguments, "--dry-run"]) == 0
     assert "samples with" in capsys.readouterr().out
+
+
+def test_a_dry_run_counts_bad_samples(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    bad = [*arguments, "--data", str(write_bad_data(tmp_path / "bad")), "--dry-run"]
+    assert main([*bad, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["bad_samples"]
+    assert found["checked"] == NUM_SAMPLES
+    # An empty, a torn and a wrong file, and a long answer, show only when they are read.
+    assert found["by_reason"] == {"image-missing": 1, "image-marks": 2, "empty-response": 1}
+    assert main(bad) == 0
+    said = capsys.readouterr().out
+    assert f"4 bad samples among {NUM_SAMPLES}" in said
+    assert "2 × image-marks" in said
+    assert "nowhere.png" in said
+    assert main([*arguments, "--dry-run"]) == 0
+    assert f"no bad sample among {NUM_SAMPLES}" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,0 +1,83 @@
+"""Samples that cannot be used, found without decoding or tokenising anything: what a dry run counts.
+
+Fewer than a dump will find: a torn image, an overlong sample or a refused size show only there.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.data.source import SampleSource
+from common.errors import DataError
+from common.images import image_path
+from schemas.sample import Sample, Turn
+
+_MOST_CHECKED = 100_000
+
+
+@dataclass(slots=True)
+class Faults:
+    """Unusable samples by reason."""
+
+    checked: int
+    """Samples looked at."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Unusable ones, by `Quarantined.reason`."""
+    first: str = ""
+    """The first one's message."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"checked": self.checked, "by_reason": dict(sorted(self.counts.items())), "first": self.first}
+
+
+def find_faults(source: SampleSource, indices: NDArray[np.int64], *, asks: bool) -> Faults:
+    """Look at every sample, or at 100,000 evenly spaced ones.
+
+    Args:
+        source: The samples.
+        indices: Those to look at.
+        asks: Whether the teacher answers itself, so that samples need no answers.
+    """
+    places = np.unique(np.linspace(0, len(indices) - 1, min(len(indices), _MOST_CHECKED)).astype(np.int64))
+    faults = Faults(len(places))
+    known: dict[str, bool] = {}
+    for index in indices[places]:
+        try:
+            _check(source[int(index)], source.image_root, asks, known)
+        except DataError as error:
+            faults.counts[error.reason] += 1
+            faults.first = faults.first or str(error)
+    return faults
+
+
+def _check(sample: Sample, root: str | None, asks: bool, known: dict[str, bool]) -> None:
+    marks = [part for turn in sample.turns for part in turn.parts if isinstance(part, int)]
+    if marks != list(range(len(sample.images))):
+        raise DataError(
+            f"{sample.sample_id}: turns mark images {marks}, it has {len(sample.images)}; "
+            "mark each once, in order",
+            reason="image-marks",
+        )
+    answers = [turn for turn in sample.turns if turn.role == "assistant"]
+    if not asks and not (answers and all(map(_says_something, answers))):
+        raise DataError(f"{sample.sample_id}: an assistant turn is empty or missing", reason="empty-response")
+    for ref in sample.images:
+        path = image_path(ref, root)
+        if path is None:
+            continue
+        if str(path) not in known:
+            known[str(path)] = path.exists()
+        if not known[str(path)]:
+            raise DataError(
+                f"{sample.sample_id}: image {path} does not exist; mend the data or point "
+                "--image-root at the images",
+                reason="image-missing",
+            )
+
+
+def _says_something(turn: Turn) -> bool:
+    return any(isinstance(part, str) and part.strip() for part in turn.parts)
