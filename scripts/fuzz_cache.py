@@ -20,6 +20,7 @@ import resource
 import tempfile
 import time
 import traceback
+import warnings
 from collections import Counter
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -179,6 +180,7 @@ Truths = list[dict[str, Record]]
 
 def _child(pipe: Connection, work: Path, truths: Truths, seed: int, first: int) -> None:
     """Try mutation after mutation, saying before each what it is."""
+    warnings.simplefilter("error")
     lasts: list[Mutation | None] = [None] * VARIANTS
     for index in range(first, first + 100_000):
         variant = index % VARIANTS

@@ -287,7 +287,10 @@ def _exact_logprobs(columns: Mapping[str, Array], scalars: Array) -> NDArray[np.
     if "logit_bits" not in columns:
         return columns["logprobs"].copy()
     num_temperatures = (len(scalars) - 1) // 2
-    logprobs: NDArray[np.float32] = codec.from_bfloat16(columns["logit_bits"]) - scalars[1 + num_temperatures]
+    with np.errstate(invalid="ignore", over="ignore"):  # what is no number is refused by who calls
+        logprobs: NDArray[np.float32] = (
+            codec.from_bfloat16(columns["logit_bits"]) - scalars[1 + num_temperatures]
+        )
     return logprobs
 
 
