@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from common.cache.own_samples import OwnSamples
 from common.cache.reader import CacheReader
 from common.chat import load_processor
+from common.data.open import open_source
+from common.images import image_bytes
 from student_train.model import load_student, save_student
 from student_train.train import train
 from tests.student_train.conftest import STUDENT
@@ -43,11 +46,23 @@ def own_cache(saved, shapes) -> Path:
         str(shapes),
         "--out",
         str(out),
+        "--with-images",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
+
+
+@pytest.mark.slow
+def test_a_dump_with_images_holds_every_image_once(own_cache, shapes):
+    source = open_source(str(shapes))
+    wanted = {s.sample_id: [image_bytes(i, source.image_root) for i in s.images] for s in source}
+    with CacheReader(str(own_cache)) as cache:
+        held = {s.sample_id: [i.data for i in s.images] for s in OwnSamples(cache)}
+        files = [name for block in range(cache.num_blocks) for name in cache.read_images(block).files]
+    assert held == wanted
+    assert len(files) == len(set(files)) == len({data for images in wanted.values() for data in images})
 
 
 @pytest.mark.slow

@@ -262,7 +262,12 @@ def test_levels_from_place_to_place(tmp_path, capsys):
     code, answer = run(capsys, "ls", back)
     assert code == 1
     (level,) = answer["levels"]
-    assert (level["name"], level["parts"], level["samples"], level["arrays"]) == ("l2", "2 of 4", 6, ["topk", "text"])
+    assert (level["name"], level["parts"], level["samples"], level["arrays"]) == (
+        "l2",
+        "2 of 4",
+        6,
+        ["topk", "text"],
+    )
     code, answer = run(capsys, "info", f"{back}/l2")
     assert (answer["complete"], answer["left_out"]) == (False, ["visual", "relation", "hidden"])
     assert "holds 6 of 12 planned samples" in answer["partial"]
