@@ -99,8 +99,10 @@ def load_processor(path: str, *, revision: str | None = None) -> Any:
     Raises:
         ConfigError: There is no processor, no chat template, or no fast tokenizer.
     """
-    from transformers import AutoProcessor
-
+    try:
+        from transformers import AutoProcessor
+    except ImportError as error:
+        raise ConfigError(f"{path} needs transformers ({error}): pip install 'cascache[student]'") from error
     try:
         processor = AutoProcessor.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -58,7 +58,9 @@ def run_show(arguments: argparse.Namespace) -> tuple[int, Answer]:
     with CacheReader(arguments.path) as cache:
         index = find_record(cache, arguments.sample_id)
         decode = find_decoder(cache.manifest, arguments.tokenizer)
-        answer = {"path": arguments.path} | describe_record(cache.read_record(index), decode)
+        answer = {"path": arguments.path} | describe_record(
+            cache.read_record(index), decode, has_text=not cache.manifest.without_text
+        )
         for number, image in enumerate(answer["images"]):
             encoded = find_picture(cache, index, number, data=arguments.data)
             image["picture_found"] = encoded is not None
@@ -84,7 +86,8 @@ def render_show(answer: Answer) -> str:
     for number, image in enumerate(answer["images"]):
         lines += ["", *image.get("picture", [])]
         lines += _render_heat(number, image)
-    prompt = answer["prompt"] if answer["prompt"] is not None else f"ids {answer['prompt_ids']}"
+    ids = "not in this cache" if answer["prompt_ids"] is None else f"ids {answer['prompt_ids']}"
+    prompt = ids if answer["prompt"] is None else answer["prompt"]
     lines += ["", f"prompt    {plain(prompt[:_SHOWN_PROMPT])}", "", "response  p     teacher"]
     for row in answer["response"]:
         share = "   - " if row["probability"] is None else f"{row['probability']:5.2f}"
@@ -107,6 +110,8 @@ def _render_heat(number: int, image: dict[str, Any]) -> list[str]:
 
 
 def _word(token: dict[str, Any]) -> str:
+    if token["id"] is None:
+        return "·"
     return f"#{token['id']}" if token["text"] is None else plain(repr(token["text"])[1:-1]) or "''"
 
 

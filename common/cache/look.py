@@ -134,8 +134,14 @@ def find_record(cache: CacheReader, sample_id: str) -> int:
         ) from error
 
 
-def describe_record(record: Record, decode: Decode | None) -> dict[str, Any]:
-    """A record as JSON: prompt, response token by token with the teacher's first choices, images as grids."""
+def describe_record(record: Record, decode: Decode | None, *, has_text: bool = True) -> dict[str, Any]:
+    """A record as JSON: prompt, response token by token with the teacher's first choices, images as grids.
+
+    Args:
+        record: What to describe.
+        decode: Token ids → text, if it is known.
+        has_text: Whether the cache holds the token ids of texts; if not, only what was expected is told.
+    """
     prompt = [
         i for s in record.spans if s.kind == "prompt" for i in record.token_ids[s.start : s.stop].tolist()
     ]
@@ -143,19 +149,20 @@ def describe_record(record: Record, decode: Decode | None) -> dict[str, Any]:
         "sample_id": record.sample_id,
         "kind": record.kind,
         "num_tokens": len(record.token_ids),
-        "prompt_ids": prompt,
-        "prompt": decode(prompt) if decode else None,
-        "response": describe_rows(record, decode),
+        "prompt_ids": prompt if has_text else None,
+        "prompt": decode(prompt) if decode and has_text else None,
+        "response": describe_rows(record, decode, has_text=has_text),
         "images": [_describe_image(image) for image in record.visual],
     }
 
 
-def describe_rows(record: Record, decode: Decode | None) -> list[dict[str, Any]]:
+def describe_rows(record: Record, decode: Decode | None, *, has_text: bool = True) -> list[dict[str, Any]]:
     """Each response token, what the teacher thought of it, and what it expected."""
     rows, told = record.response, []
     entropies, masses = entropy_nats(rows), kept_mass(rows)
     for row, position in enumerate(rows.positions.tolist()):
-        target, kept = int(record.token_ids[position + 1]), rows.token_ids[row].tolist()
+        target = int(record.token_ids[position + 1]) if has_text else None
+        kept = rows.token_ids[row].tolist()
         used = int((rows.logprobs[row] > -np.inf).sum())
         place = kept.index(target) if target in kept[:used] else None
         shares = np.exp(rows.logprobs[row, :used].astype(np.float64)).tolist()
@@ -173,8 +180,9 @@ def describe_rows(record: Record, decode: Decode | None) -> list[dict[str, Any]]
     return told
 
 
-def _token(token_id: int, probability: float | None, decode: Decode | None) -> dict[str, Any]:
-    return {"id": token_id, "text": decode([token_id]) if decode else None, "probability": probability}
+def _token(token_id: int | None, probability: float | None, decode: Decode | None) -> dict[str, Any]:
+    text = decode([token_id]) if decode and token_id is not None else None
+    return {"id": token_id, "text": text, "probability": probability}
 
 
 def _describe_image(image: VisualRecord) -> dict[str, Any]:

@@ -289,7 +289,10 @@ def _gallery(
     cards = []
     for sample_id in (common[i] for i in spread(len(common), num_shown)):
         records = [cache.read_record(sample_id) for cache in caches]
-        told = [describe_record(r, d) for r, d in zip(records, decoders, strict=True)]
+        told = [
+            describe_record(record, decode, has_text=not cache.manifest.without_text)
+            for cache, record, decode in zip(caches, records, decoders, strict=True)
+        ]
         high = max([1e-6, *(value for each in told for value in _cells(each))])
         cards.append(
             {
@@ -337,4 +340,6 @@ def _words(told: dict[str, Any], record: Record) -> list[dict[str, Any]]:
 
 
 def _text(token: dict[str, Any]) -> str:
+    if token["id"] is None:
+        return "· "
     return f"#{token['id']}" if token["text"] is None else str(token["text"])

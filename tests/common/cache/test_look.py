@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -154,6 +155,35 @@ def test_show_names_what_it_lacks(real, tmp_path, capsys):
     code, said = run(capsys, "show", real, name, "--tokenizer", copy)
     assert code == 2
     assert "is not the cache's" in said.err
+
+
+def test_texts_that_were_taken_out_are_not_made_up(real, tmp_path, capsys):
+    bare = str(tmp_path / "bare")
+    assert run(capsys, "pull", real, bare, "--strip-text")[0] == 0
+    with CacheReader(real) as cache:
+        name = cache.sample_ids[0]
+    code, said = run(capsys, "show", bare, name, "--tokenizer", TINY / "tiny-l1", "--json")
+    answer = json.loads(said.out)
+    assert code == 0
+    assert answer["prompt"] is answer["prompt_ids"] is None
+    assert {row["id"] for row in answer["response"]} == {None}
+    assert all(row["teacher"][0]["text"] for row in answer["response"])
+    assert "not in this cache" in run(capsys, "show", bare, name)[1].out
+    code, said = run(capsys, "diff", real, bare, "--json")
+    answer = json.loads(said.out)
+    assert (code, answer["response"]["argmax_agreement"], answer["samples"]["other_token_ids"]) == (1, 1.0, 0)
+    out = tmp_path / "report.html"
+    assert run(capsys, "report", real, bare, "--out", out, "--tokenizer", TINY / "tiny-l1")[0] == 0
+
+
+def test_without_transformers_there_are_ids(real, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with CacheReader(real) as cache:
+        name = cache.sample_ids[0]
+    assert run(capsys, "show", real, name)[0] == 0
+    code, said = run(capsys, "show", real, name, "--tokenizer", "tiny")
+    assert code == 2
+    assert "cascache[student]" in said.err
 
 
 def test_terminals_obey_no_cache(tmp_path, records, capsys):
