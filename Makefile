@@ -1,4 +1,4 @@
-# Each target sets up .venv by itself; the first run installs 3.4 GB.
+# Each target sets up .venv by itself; the first run installs 3.9 GB.
 PY := .venv/bin/python
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
