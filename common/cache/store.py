@@ -171,6 +171,8 @@ class LocalStore:
             return LocalBlob(self._real_path(key))
         except NotADirectoryError as error:
             raise FileNotFoundError(str(self.root / key)) from error
+        except PermissionError as error:
+            raise CacheError(f"{self.root / key} may not be read ({error}); mend its permissions") from error
 
     def pieces(self, key: str) -> Iterator[bytes]:
         """A file from its start to its end."""

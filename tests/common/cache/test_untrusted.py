@@ -1,11 +1,14 @@
 """Documents made to break a reader end in an error of ours, and never in more memory than stated."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from common.cache import documents as documents_of_caches
 from common.cache import layout, part
 from common.cache.hashing import hash_files
 from common.cache.reader import CacheReader
@@ -15,6 +18,7 @@ from common.cache.store import MAX_WHOLE_BYTES
 from common.cache.verify import verify
 from common.cache.writer import CacheWriter
 from common.errors import CacheError, PartCorrupt
+from schemas.manifest import Manifest
 from tests.common.cache.records import make_manifest, make_records
 from tests.common.cache.test_verify import rewrite
 
@@ -170,3 +174,54 @@ def test_guards_say_value_error_for_anything():
             layout.read_guarded_json(text.encode(errors="surrogateescape"))
     assert layout.read_guarded_json(layout.guarded_json({"a": 1})) == {"a": 1}
     assert json.loads(layout.group_json({}))["node_type"] == "group"
+
+
+def test_a_file_that_may_not_be_read_is_an_error_of_ours(cache, monkeypatch):
+    real_open = os.open
+
+    def refuse(path, flags, *rest):
+        if str(path).endswith("sample_tokens/c.0.0"):
+            raise PermissionError(13, "Permission denied")
+        return real_open(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CacheError, match="permissions"):
+        read(cache)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b'{"a": 1, "a": 2}', "twice"),
+        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b"[" * 33 + b"]" * 33, "nests deeper"),
+        (b"[" + b"[]," * (1 << 20) + b"[]]", "nests deeper"),
+    ],
+)
+def test_documents_are_bounded_before_they_are_parsed(text, said):
+    with pytest.raises(ValueError, match=said):
+        documents_of_caches.parse_document(text)
+
+
+def test_brackets_inside_strings_are_text():
+    value = {"a": "[" * 200 + '"\\' + "{" * 200, "b": [[]] * 40}
+    assert documents_of_caches.parse_document(json.dumps(value).encode()) == value
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"samples": {"fingerprint": "f", "num_samples": 10**12}},
+        {"vocab_rows": 10**12},
+        {"hidden_size": 10**9},
+        {"encoding": {"logit_step": 1e300}},
+        {"encoding": {"logit_step": 1e-300}},
+        {"capture": {"topk": 2**40, "visual_topk": 1}},
+        {"capture": {"topk": 1, "visual_topk": 1, "temperatures": []}},
+        {"capture": {"topk": 1, "visual_topk": 1, "temperatures": [float("nan")]}},
+        {"relation": {"tolerance": float("inf")}},
+    ],
+)
+def test_manifests_ask_for_no_more_than_a_level_can_be(changes):
+    with pytest.raises(ValidationError):
+        Manifest.model_validate(make_manifest().model_dump() | changes)
