@@ -5,15 +5,20 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.cache.reader import CacheReader
+from common.cache.verify import verify
 from common.cache.writer import sealed_parts
+from scripts.loopback_s3 import serve_bucket_apart, use
 from teacher_dump import dump
 from teacher_dump.cli import main
 from tests.teacher_dump.examples import ANSWERS, QUESTIONS, SIZES, picture
@@ -102,6 +107,51 @@ def killed(models: Path) -> dict[str, Any]:
     status = os.waitpid(fork(lambda: main(arguments)), 0)[1]
     again = said(lambda: main(arguments))
     return {"progress": progress, "status": os.waitstatus_to_exitcode(status), "again": again}
+
+
+def bucket(models: Path) -> dict[str, Any]:
+    """Straight into an S3 bucket, killed after the second seal, then run to the end."""
+    data = write_data(work_of(models) / "data")
+    here = work_of(models) / "here"
+    here.mkdir()
+    with serve_bucket_apart("caches") as environment, use(environment):
+        os.chdir(here)
+        arguments = command(models, data, Path("out"))
+        arguments[arguments.index("out")] = "s3://caches/team/l1"
+        child = fork(lambda: main(arguments))
+        while (before := _seals_in_bucket(environment)) < 2:
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the dump ended before it was killed"
+            time.sleep(0.02)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        status = os.waitstatus_to_exitcode(os.waitpid(fork(lambda: main(arguments)), 0)[1])
+        with CacheReader("s3://caches/team/l1") as cache:
+            records = [cache.read_record(name) for name in cache.sample_ids]
+        report = verify("s3://caches/team/l1")
+        planned = json.loads(said(lambda: main([*arguments, "--dry-run", "--json"]))[1])
+    return {
+        "before": before,
+        "status": status,
+        "records": records,
+        "problems": report.problems,
+        "free": planned["disk_free_bytes"],
+        "left": [file.name for file in here.rglob("*") if file.is_file()],
+    }
+
+
+def _seals_in_bucket(environment: dict[str, str]) -> int:
+    """By plain HTTP: a client with threads would not survive the fork."""
+    request = urllib.request.Request(f"{environment['AWS_ENDPOINT_URL']}/caches?prefix=team/l1/seals/")
+    request.add_header("Authorization", "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request")
+    with urllib.request.urlopen(request) as answer:
+        return len(re.findall(rb"seals/\d+/zarr.json</Key>", answer.read()))
+
+
+def response_only(models: Path) -> tuple[int, str]:
+    """No rows and no relation of any image."""
+    root = work_of(models)
+    arguments = command(models, write_data(root / "data"), root / "response-only")
+    return said(lambda: main([*arguments, "--positions", "response", "--relation-store", "none"]))
 
 
 def interrupted(models: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from common.cache.reader import CacheReader
 from common.cache.verify import verify
 from common.record import Record, TopK, VisualRecord
+from student_train.cli import main as student_main
 from teacher_dump.cli import main
 from tests import tiny_families
 from tests.teacher_dump.dump_job import (
@@ -25,7 +26,17 @@ from tests.teacher_dump.dump_job import (
 )
 from tests.teacher_dump.forked import ROOT, run_cases
 
-CASES = ["whole", "trial", "killed", "interrupted", "bad", "full_disk", "without_vllm"]
+CASES = [
+    "whole",
+    "trial",
+    "killed",
+    "bucket",
+    "response_only",
+    "interrupted",
+    "bad",
+    "full_disk",
+    "without_vllm",
+]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +130,63 @@ def test_killed_dumps_continue_and_end_with_the_same_values(answers: Callable[[s
         assert list(found.sample_ids) == list(wanted.sample_ids)
         for name in wanted.sample_ids:
             assert_same(found.read_record(name), wanted.read_record(name))
+
+
+@pytest.mark.slow
+def test_a_killed_dump_into_a_bucket_continues_with_the_same_values(
+    answers: Callable[[str], Any], work: Path
+):
+    answer = answers("bucket")
+    assert answer["before"] >= 2
+    assert answer["status"] == 0
+    assert not answer["problems"]
+    assert not answer["left"], "no copy of the level is needed"
+    assert answer["free"] is None, "a bucket has no end"
+    with CacheReader(str(work / "whole")) as wanted:
+        assert [record.sample_id for record in answer["records"]] == list(wanted.sample_ids)
+        for record in answer["records"]:
+            assert_same(record, wanted.read_record(record.sample_id))
+
+
+@pytest.mark.slow
+def test_responses_alone_still_name_every_image(answers: Callable[[str], Any], work: Path):
+    status, heard = answers("response_only")
+    assert status == 0, heard
+    with (
+        CacheReader(str(work / "response-only")) as found,
+        CacheReader(str(work / "whole")) as wanted,
+    ):
+        assert list(found.sample_ids) == list(wanted.sample_ids)
+        for name in wanted.sample_ids:
+            ours, theirs = found.read_record(name), wanted.read_record(name)
+            assert ours.spans == theirs.spans
+            assert_same_rows(ours.response, theirs.response)
+            assert len(ours.visual) == sum(span.kind == "image" for span in ours.spans)
+            for image, whole in zip(ours.visual, theirs.visual, strict=True):
+                assert (image.key, image.image_sha256, image.start, image.num_positions, image.tiles) == (
+                    whole.key,
+                    whole.image_sha256,
+                    whole.start,
+                    whole.num_positions,
+                    whole.tiles,
+                )
+                assert image.topk is None
+                assert image.factor is None
+                assert image.hidden is None
+
+
+@pytest.mark.slow
+def test_a_student_trains_on_responses_alone(
+    answers: Callable[[str], Any], work: Path, tiny_dir: Path, tmp_path: Path
+):
+    answers("response_only")
+    run = tmp_path / "run"
+    flags = ["--student", str(tiny_dir / "llava_siglip"), "--out", str(run), "--max-steps", "2"]
+    cache = ["--cache", str(work / "response-only")]
+    assert student_main([*cache, *flags, "--log-steps", "1", "--no-tensorboard"]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("raw/response_kl" in line for line in lines)
+    assert not any("raw/visual_kl" in line or "raw/relation" in line for line in lines)
 
 
 @pytest.mark.slow
