@@ -131,7 +131,8 @@ def bench_streaming(work: Path, *, steps: int) -> dict[str, float]:
     url = "s3://caches/trained/l1"
     transfer([str(made.cache)], url)
 
-    def wait(cache: str, name: str) -> float:
+    def wait(cache: str, name: str) -> tuple[float, float]:
+        """Share of the time waited, and the median step's seconds."""
         config = TrainConfig(
             cache=(cache,),
             student=str(made.student),
@@ -139,14 +140,21 @@ def bench_streaming(work: Path, *, steps: int) -> dict[str, float]:
             max_steps=steps,
             tensorboard=False,
         )
-        return measure_wait(config)["data_wait_share"]
+        share = measure_wait(config)["data_wait_share"]
+        lines = (work / name / "metrics.jsonl").read_text().splitlines()
+        return share, statistics.median(json.loads(line)["step_seconds"] for line in lines[1:])
 
     with use({"CASCACHE_COPY": str(work / "copy")}):
-        return {
-            "data_wait_share_local": wait(str(made.cache), "local"),
-            "data_wait_share": wait(url, "streamed"),
-            "data_wait_share_copied": wait(url, "copied"),
-        }
+        local, local_step = wait(str(made.cache), "local")
+        streamed, streamed_step = wait(url, "streamed")
+        copied, _ = wait(url, "copied")
+    return {
+        "data_wait_share_local": local,
+        "data_wait_share": streamed,
+        "data_wait_share_copied": copied,
+        "step_seconds_local": local_step,
+        "step_seconds_streamed": streamed_step,
+    }
 
 
 def run(out: Path, *, quick: bool = False) -> dict[str, Any]:

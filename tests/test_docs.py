@@ -32,7 +32,7 @@ def workplace(tmp_path):
     pytest.importorskip("moto.server")
     from scripts.plain_dump import dump_plain
 
-    data = write_shapes(tmp_path / "data", num_images=12, seed=3, questions_per_image=2)
+    data = write_shapes(tmp_path / "data", num_images=8, seed=3, questions_per_image=2)
     place = tmp_path / "place"
     dump_plain(
         str(TINY / "tiny-l1"),

@@ -16,9 +16,9 @@ from tests.common.cache.records import assert_same_record, make_manifest, make_r
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
 ROOT = Path(__file__).parents[3]
-PARTS = 5
+PARTS = 4
 FIRST = 2
-COPY_BYTES = 60_000
+COPY_BYTES = 40_000
 
 
 def records_of(part):
@@ -30,7 +30,7 @@ def write(path, parts):
     cache = CacheWriter.open(path, manifest, block_rows=60)
     for part in parts:
         cache.write_part(part, records_of(part), first_sample=3 * part, num_samples=3)
-        time.sleep(0.5)
+        time.sleep(0.3)
 
 
 def read_until_complete(path):
