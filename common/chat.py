@@ -393,8 +393,14 @@ def _lay_out(
     """Expand [M] ids; `responses` are ranges of them."""
     marks = np.flatnonzero(ids == image_token_id(processor))
     layouts = [image_layout(processor, each.height, each.width) for each in images]
-    token_ids, starts = expand(ids, marks, [layout.num_positions for layout in layouts])
-    shown = _image_spans(token_ids, [int(starts[mark]) for mark in marks], images, layouts)
+    edges = [0 if layout.around is None else 1 for layout in layouts]
+    lengths = [layout.num_positions + 2 * edge for layout, edge in zip(layouts, edges, strict=True)]
+    token_ids, starts = expand(ids, marks, lengths)
+    for mark, length, layout in zip(marks, lengths, layouts, strict=True):
+        if layout.around is not None:
+            token_ids[starts[mark]], token_ids[starts[mark] + length - 1] = layout.around
+    places = [int(starts[mark]) + edge for mark, edge in zip(marks, edges, strict=True)]
+    shown = _image_spans(token_ids, places, images, layouts)
     spans = [Span(kind="image", start=each.start, stop=each.stop) for each in shown]
     spans += [
         Span(kind="response", start=int(starts[first]), stop=int(starts[stop])) for first, stop in responses

@@ -5,6 +5,8 @@
     OneVision      ■■ + ■■■■↵  base grid, then the unpadded high-resolution grid whose rows end in a
                    ■■   ■■■■↵  newline token: stride = columns + 1
     Qwen-VL        ■■■■■       merged grid, (height / 2) × (width / 2) patches of the resized image
+    InternVL       □□ □□ ■■    crops, then the whole image; its grid alone is a tile, for no other family
+                   □□ □□ ■■    cuts an image up that way; a token before and one after, outside the span
 
 OneVision's images are all cut up, several in a sample too: that is what vLLM does, and what the
 processor does with a flat list of images (a nested list gets one crop each).
@@ -30,6 +32,8 @@ class ImageLayout:
     """P, the length of its image span."""
     tiles: tuple[Tile, ...]
     """Patch grids inside the span; empty where the family's layout is unknown."""
+    around: tuple[int, int] | None = None
+    """Ids that the processor puts before and after the span, if it does."""
 
 
 def image_layout(processor: Any, height: int, width: int) -> ImageLayout:
@@ -109,6 +113,16 @@ def _qwen_vl(processor: Any, height: int, width: int) -> ImageLayout:
     return ImageLayout(rows * columns, (Tile(offset=0, rows=rows, columns=columns, stride=columns),))
 
 
+def _internvl(processor: Any, height: int, width: int) -> ImageLayout:
+    num_views = processor.image_processor.get_number_of_image_patches(
+        height, width, {"crop_to_patches": True}
+    )
+    length, side = processor.image_seq_length, math.isqrt(processor.image_seq_length)
+    whole = Tile(offset=(num_views - 1) * length, rows=side, columns=side, stride=side)
+    around = processor.start_image_token_id, processor.end_image_token_id
+    return ImageLayout(num_views * length, (whole,), around)
+
+
 def _unknown(processor: Any, height: int, width: int) -> ImageLayout:
     counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
     return ImageLayout(int(counted["num_image_tokens"][0]), ())
@@ -120,4 +134,5 @@ _FAMILIES: dict[str, Callable[[Any, int, int], ImageLayout]] = {
     "Qwen2VLProcessor": _qwen_vl,
     "Qwen2_5_VLProcessor": _qwen_vl,
     "Qwen3VLProcessor": _qwen_vl,
+    "InternVLProcessor": _internvl,
 }

@@ -293,7 +293,7 @@ class Capture:
 
 def _mismatch(request: CaptureRequest, token_ids: NDArray[np.int32], features: Any) -> tuple[str, str] | None:
     """Compare what vLLM is about to compute with what the driver meant: reason and words, or None."""
-    found = [(each.identifier, each.mm_position.offset, each.mm_position.length) for each in features]
+    found = [(each.identifier, *_embedded(each.mm_position)) for each in features]
     found.sort(key=lambda each: each[1])
     wanted = [(each.identifier, each.start, each.stop - each.start) for each in request.images]
     if found != wanted:
@@ -304,6 +304,15 @@ def _mismatch(request: CaptureRequest, token_ids: NDArray[np.int32], features: A
             f"{request.num_positions} expected ones"
         )
     return None
+
+
+def _embedded(place: Any) -> tuple[int, int]:
+    """First position and length of what an image's states fill; some families put tokens around them."""
+    if place.is_embed is None:
+        return place.offset, place.length
+    inside = torch.nonzero(place.is_embed)
+    first, last = int(inside[0]), int(inside[-1])
+    return place.offset + first, last - first + 1
 
 
 def _brief(images: list[tuple[str, int, int]]) -> str:

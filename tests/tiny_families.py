@@ -1,4 +1,4 @@
-"""Random-weight vision-language models of five families, small enough to build in a second.
+"""Random-weight vision-language models of six families, small enough to build in a second.
 
 Each directory loads in transformers and in vLLM: weights are saved under the names that hub
 checkpoints use, head_dim is 32 (vLLM's CPU attention), and logits are spread so that a top-k set is
@@ -282,6 +282,57 @@ def _qwen3_vl(vocab: int) -> tuple[Any, Any]:
     return Qwen3VLForConditionalGeneration(config), processor
 
 
+def _internvl(vocab: int) -> tuple[Any, Any]:
+    from tokenizers import Tokenizer
+    from transformers import (
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+        InternVLVisionConfig,
+        PreTrainedTokenizerFast,
+    )
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_tokenizer_json("<IMG_CONTEXT>", "<video>")),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=4096,
+        extra_special_tokens={
+            "start_image_token": "<|vision_start|>",
+            "end_image_token": "<|vision_end|>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+    )
+    tokenizer.chat_template = TEMPLATE.replace("MARK", "<IMG_CONTEXT>")
+    tower = InternVLVisionConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        image_size=(SIDE, SIDE),
+        patch_size=(14, 14),
+    )
+    config = InternVLConfig(
+        vision_config=tower,
+        text_config=_text_config(tokenizer, vocab),
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=(SIDE // 28) ** 2,
+        tie_word_embeddings=False,
+    )
+    size = {"height": SIDE, "width": SIDE}
+    processor = InternVLProcessor(
+        image_processor=GotOcr2ImageProcessorPil(size=size, min_patches=1, max_patches=4),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=(SIDE // 28) ** 2,
+        chat_template=tokenizer.chat_template,
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
 def _save(model: Any, processor: Any, directory: Path, seed: int) -> None:
     import torch
     from safetensors.torch import load_file, save_file
@@ -300,6 +351,8 @@ def _save(model: Any, processor: Any, directory: Path, seed: int) -> None:
     processor.save_pretrained(directory)
     file = directory / "model.safetensors"
     state = load_file(file)
+    if type(processor).__name__ == "InternVLProcessor":
+        return
     old, new = "vision_tower.", "vision_tower.vision_model."
     save_file(
         {name.replace(old, new, 1) if name.startswith(old) else name: value for name, value in state.items()},
@@ -314,4 +367,5 @@ FAMILIES: dict[str, Callable[[int], tuple[Any, Any]]] = {
     "llava_onevision": _onevision,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "internvl": _internvl,
 }

@@ -26,6 +26,7 @@ WHOLE, CHUNKED = "4096", "128"
 CASES = [
     *(f"capture:{family}:{batched}" for family in FAMILIES for batched in (WHOLE, CHUNKED)),
     "capture:qwen3_vl:4096",
+    "capture:internvl:4096",
     "tampered:llava_siglip",
     "shifted_rows:llava_siglip",
     "preempted:llava_siglip",
