@@ -19,9 +19,9 @@ class DumpConfig(Frozen):
     """Directory that relative image paths start from; the data file's own by default."""
     out: str = "auto"
     """Directory of the cache; auto is ./zarr/l1, or the next level when that holds another dump."""
-    topk: int = Field(64, ge=1)
+    topk: int = Field(64, ge=1, le=1 << 20)
     """Tokens kept per response position."""
-    visual_topk: int | None = Field(None, ge=1)
+    visual_topk: int | None = Field(None, ge=1, le=1 << 20)
     """Tokens kept per image position; as many as --topk by default."""
     topk_mass: float | None = Field(None, gt=0, le=1)
     """Keep fewer ids once they hold this share of the probability."""
@@ -75,7 +75,7 @@ class DumpConfig(Frozen):
     """pcodec: smallest; portable: readable by every Zarr v3 library."""
     logits: Literal["steps", "bfloat16", "float32"] = "steps"
     """Encoding of kept logits."""
-    logit_step: float = Field(Encoding.model_fields["logit_step"].default, gt=0)
+    logit_step: float = Field(Encoding.model_fields["logit_step"].default, ge=1e-6, le=16)
     """Step of kept logits in nats when they are kept as steps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the teacher computes in; auto takes what its weights are in."""

@@ -45,33 +45,31 @@ def workplace(tmp_path):
     return place
 
 
+def run_page(page: str, where: Path, **variables: str) -> None:
+    """Type every block of a page, one after another."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | variables
+    for block in blocks(page):
+        command = ["bash", "-euc", block]
+        done = subprocess.run(
+            command, cwd=where, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_the_sharing_page(workplace):
     from scripts.loopback_s3 import serve_bucket_apart
 
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with serve_bucket_apart() as bucket:
-        environment = os.environ | bucket | {"PATH": path, "OMP_NUM_THREADS": "1"}
-        for block in blocks("sharing.md"):
-            command = ["bash", "-euc", block]
-            done = subprocess.run(
-                command, cwd=workplace, env=environment, capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        run_page("sharing.md", workplace, **bucket)
 
 
 @pytest.mark.slow
 def test_the_trust_page(workplace):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    for block in blocks("trust.md"):
-        done = subprocess.run(
-            ["bash", "-euc", block],
-            cwd=workplace,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+    run_page("trust.md", workplace)
+
+
+def test_the_cascade_page(tmp_path):
+    run_page("cascade.md", tmp_path)
