@@ -93,6 +93,15 @@ _CPU_ENVIRONMENT = {
 }
 
 
+QUIET_LOGGERS = (
+    "torch",  # says on every CPU that Triton is missing
+    "transformers.models.qwen2_vl.video_processing_qwen2_vl",  # a cap on videos, of which there are none
+    "transformers.models.qwen3_vl.video_processing_qwen3_vl",
+    "transformers.tokenization_utils_base",  # vLLM starts with a prompt too long; ours are checked
+)
+"""Loggers whose warnings would only cut up the progress bar."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """How to start vLLM."""
@@ -426,7 +435,8 @@ def _to_answer(question: Question, output: Any) -> Answer:
 def _import_vllm(*, any_version: bool) -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("torch").setLevel(logging.ERROR)  # says on every CPU that Triton is missing
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import vllm
     except ImportError as error:

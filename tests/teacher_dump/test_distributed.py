@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def _bound(ready: Any, go: Any, found: Any) -> None:
     held.close()
 
 
-def test_actors_hold_cores_of_their_own():
+def test_actors_hold_cores_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # not the locks of other dumps on this machine
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("fork")
     ready, go, found = context.Semaphore(0), context.Event(), context.Queue()

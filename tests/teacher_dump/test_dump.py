@@ -1,6 +1,8 @@
 """The command: whole, killed, interrupted, continued; bad data and bad settings refused in words."""
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from common.cache.verify import verify
 from common.record import Record, TopK, VisualRecord
 from student_train.cli import main as student_main
 from teacher_dump.cli import main
+from teacher_dump.engine import QUIET_LOGGERS
 from tests import tiny_families
 from tests.teacher_dump.dump_job import (
     IMAGES_EVERY,
@@ -82,6 +85,10 @@ def test_a_whole_dump_is_complete_and_sound(answers: Callable[[str], Any], work:
     status, heard = answers("whole")
     assert status == 0, heard
     assert f"on {NUM_SAMPLES} samples" in heard
+    lines = re.split("[\r\n]+", heard.strip())
+    strangers = [line for line in lines if line and not line.startswith(("teacher-dump: ", "dump: "))]
+    assert len(strangers) == 2, "only the result stands beside the bar"
+    assert strangers[1].startswith("next: ")
     report = verify(str(work / "whole"))
     assert report.ok, report
     with CacheReader(str(work / "whole")) as cache:
@@ -320,6 +327,10 @@ def test_vllm_missing_says_how_to_install(answers: Callable[[str], Any]):
     assert status == 2
     assert "pip install 'cascache[teacher]'" in heard
     assert "cascache[teacher-cpu]" in heard
+
+
+def test_loggers_that_are_quietened_exist():
+    assert all(importlib.util.find_spec(name) for name in QUIET_LOGGERS)
 
 
 def test_help_imports_nothing_heavy():
