@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from common.cache import layout
 from common.cache.hashing import hash_files
-from common.cache.shard import SHARD_NAME, Coding, ShardReader, crc32c, encode_shard
+from common.cache.shard import SHARD_NAME, Coding, ShardReader, chunk_checks, crc32c, encode_shard
 from common.cache.store import LocalStore
 from schemas.manifest import Manifest
 
@@ -93,6 +93,8 @@ def mutate(root: Path, mutation: Mutation) -> None:
     }
     changes[mutation.kind](path, mutation)
     if mutation.sealed:
+        if mutation.kind in ("values", "chunk", "shard"):
+            _recheck(root / names["part"])
         reseal(root, names)
 
 
@@ -110,6 +112,17 @@ def reseal(root: Path, names: dict[str, str]) -> None:
         with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError):
             files = {name: file.model_dump() for name, file in hash_files(root / directory).items()}
             _update(root / document / layout.METADATA, {"files": files})
+
+
+def _recheck(part: Path) -> None:
+    """Make the part's attributes name the checksums that its chunks have now, array by array."""
+    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError):
+        arrays = _attributes(part / layout.METADATA)["arrays"]
+        for name, used in arrays.items():
+            with suppress(ValueError, LookupError, TypeError, AttributeError, OSError, MemoryError):
+                data = (part / name / SHARD_NAME).read_bytes()
+                used["chunks"] = chunk_checks(data, len(used["lengths"]))
+        _update(part / layout.METADATA, {"arrays": arrays})
 
 
 def _attributes(path: Path) -> dict[str, Any]:

@@ -125,7 +125,10 @@ def _spawn(
 
 def _jump_file_times(path: Path, rng: np.random.Generator) -> int:
     """Set one file's times years away; nothing may depend on them."""
-    files = list(path.glob("parts/*/*/c.0.0"))
+    try:
+        files = list(path.glob("parts/*/*/c.0.0"))
+    except FileNotFoundError:  # a loser's copy vanished while we looked
+        return 0
     if not files:
         return 0
     when = time.time() + float(rng.uniform(-20, 20)) * YEAR_SECONDS

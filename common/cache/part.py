@@ -4,6 +4,7 @@ columns of B blocks ── pad to the longest ──> [B, ..., C] ── shard �
 lengths[name][b] stands in the group's attributes; readers cut the padding off again.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,7 +18,16 @@ from numpy.typing import NDArray
 from common.cache import codec, layout
 from common.cache.codec import IdCoding
 from common.cache.pack import PackedPart
-from common.cache.shard import AGAIN, SHARD_NAME, Coding, ShardReader, array_json, coding_for, encode_shard
+from common.cache.shard import (
+    AGAIN,
+    SHARD_NAME,
+    Coding,
+    ShardReader,
+    array_json,
+    chunk_checks,
+    coding_for,
+    encode_shard,
+)
 from common.cache.store import Store, sync_directory, write_synced
 from common.errors import PartCorrupt
 from schemas.arrays import ROW_TABLES, ArraySpec, IdScope, array_table
@@ -90,9 +100,14 @@ def _write_array(
     ranks = max(len(piece) for piece in held) if len(spec.axes) == 2 else None
     flat = [_flatten(piece, ranks, dtype) for piece in pieces]
     page = [_page(spec, piece.size // (ranks or 1)) for piece in flat]
-    write_shard(directory, flat, page, coding_for(profile, dtype, spec.packing))
+    data = write_shard(directory, flat, page, coding_for(profile, dtype, spec.packing))
     lengths = [piece.size // (ranks or 1) for piece in flat]
-    return {"dtype": dtype.name, "lengths": lengths} | ({} if ranks is None else {"ranks": ranks})
+    used: dict[str, object] = {
+        "dtype": dtype.name,
+        "lengths": lengths,
+        "chunks": chunk_checks(data, len(flat)),
+    }
+    return used if ranks is None else used | {"ranks": ranks}
 
 
 def _flatten(piece: Array | None, ranks: int | None, dtype: np.dtype[Any]) -> Array:
@@ -111,13 +126,14 @@ def _page(spec: ArraySpec, length: int) -> int:
     return max(1, PAGES.get(spec.name, PAGE_VALUES) // max(1, length)) * max(1, length)
 
 
-def write_shard(directory: Path, pieces: Sequence[Array], page: Sequence[int], coding: Coding) -> None:
-    """Write one array, metadata and its only shard, into a new directory and sync them."""
+def write_shard(directory: Path, pieces: Sequence[Array], page: Sequence[int], coding: Coding) -> bytes:
+    """Write one array, metadata and its only shard, into a new directory and sync them; returns the shard."""
     directory.mkdir()
     data, capacity = encode_shard(pieces, page, coding)
     write_synced(directory / SHARD_NAME, data)
     write_synced(directory / layout.METADATA, array_json(pieces[0].dtype, (len(pieces), capacity), coding))
     sync_directory(directory)
+    return data
 
 
 def _narrowest(pieces: Sequence[Array], spec: ArraySpec) -> np.dtype[Any]:
@@ -135,16 +151,18 @@ class PartReader:
     Args:
         store: The cache's files.
         key: The part's directory.
+        sha256: Hash of the part's attributes, from its seal; what they say of each chunk binds the rest.
 
     Raises:
-        PartCorrupt: Metadata is damaged, or asks for what the format does not have.
+        PartCorrupt: Metadata is damaged, is not what was sealed, or asks for what the format does not have.
     """
 
-    def __init__(self, store: Store, key: str) -> None:
-        self.info = read_part_info(store, f"{key}/{layout.METADATA}")
+    def __init__(self, store: Store, key: str, sha256: str | None = None) -> None:
+        self.info = read_part_info(store, f"{key}/{layout.METADATA}", sha256)
         self._is_local = store.is_local
         names = list(self.info.lengths)
-        opened = self._map(lambda name: ShardReader(store, f"{key}/{name}"), names)
+        checks = self.info.checks
+        opened = self._map(lambda name: ShardReader(store, f"{key}/{name}", checks[name]), names)
         self.arrays: dict[str, ShardReader] = dict(zip(names, opened, strict=True))
         for name, array in self.arrays.items():
             most = max(self.info.lengths[name]) * self.info.ranks.get(name, 1)
@@ -223,17 +241,27 @@ class PartInfo:
     """Used length of each array's last axis, block by block."""
     ranks: dict[str, int]
     """Used length of the axis before it, for arrays that have one."""
+    checks: dict[str, bytes]
+    """Checksums of each array's chunks, 4 bytes a block."""
 
 
-def read_part_info(store: Store, key: str) -> PartInfo:
+def read_part_info(store: Store, key: str, sha256: str | None = None) -> PartInfo:
     """Read and check a part's attributes.
 
+    Args:
+        store: The cache's files.
+        key: The document.
+        sha256: Its hash, from the part's seal.
+
     Raises:
-        PartCorrupt: They are missing or not of this format.
+        PartCorrupt: They are missing, not what was sealed, or not of this format.
     """
     path = f"{store.name}/{key}"
     try:
-        attributes: dict[str, Any] = layout.read_guarded_json(store.read(key))
+        document = store.read(key)
+        if sha256 is not None and hashlib.sha256(document).hexdigest() != sha256:
+            raise ValueError("its hash is not the sealed one")
+        attributes: dict[str, Any] = layout.read_guarded_json(document)
         arrays = {str(name): dict(used) for name, used in attributes["arrays"].items()}
         info = PartInfo(
             num_blocks=int(attributes["num_blocks"]),
@@ -244,6 +272,7 @@ def read_part_info(store: Store, key: str) -> PartInfo:
             dtypes={name: str(used["dtype"]) for name, used in arrays.items()},
             lengths={name: [int(n) for n in used["lengths"]] for name, used in arrays.items()},
             ranks={name: int(used["ranks"]) for name, used in arrays.items() if "ranks" in used},
+            checks={name: bytes.fromhex(used["chunks"]) for name, used in arrays.items()},
         )
     except FileNotFoundError as error:
         raise PartCorrupt(f"{path} is missing though its part is sealed; dump the part again") from error
@@ -257,6 +286,7 @@ def read_part_info(store: Store, key: str) -> PartInfo:
     ]
     two_axes = {n for n in info.lengths.keys() & known.keys() if len(known[n].axes) == 2}
     bad += [n for n, spec in known.items() if info.num_blocks and not spec.optional and n not in info.lengths]
+    bad += [n for n, v in info.checks.items() if len(v) != 4 * info.num_blocks]
     bad += [n for n, v in info.ranks.items() if v < 1] + sorted(two_axes ^ info.ranks.keys())
     bad += [n for n in info.lengths.keys() & known.keys() if info.dtypes[n] not in known[n].dtypes]
     bad += [t for t, c in info.codings.items() if t not in ROW_TABLES or c.scope not in get_args(IdScope)]

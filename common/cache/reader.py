@@ -61,9 +61,21 @@ def scan_parts(store: Store, manifest: Manifest, *, skip: Mapping[int, str] | No
     return join([_scan_part(store, manifest, part) for part in parts])
 
 
+def open_part(store: Store, seal: PartSeal) -> PartReader:
+    """Open a part, its attributes held to its seal.
+
+    Raises:
+        PartCorrupt: It is not what was sealed.
+    """
+    if layout.METADATA not in seal.files:
+        raise PartCorrupt(f"the seal of part {seal.part} of {store.name} names no attributes; {AGAIN}")
+    key = f"{layout.PARTS}/{seal.directory}"
+    return PartReader(store, key, seal.files[layout.METADATA].sha256)
+
+
 def _scan_part(store: Store, manifest: Manifest, part: int) -> Index:
     seal = _read_fitting_seal(store, manifest, part)
-    reader = PartReader(store, f"{layout.PARTS}/{seal.directory}")
+    reader = open_part(store, seal)
     texts, tables, counts = [np.zeros(0, np.uint8)], [np.zeros((3, 0), np.int32)], []
     try:
         for block in range(reader.num_blocks):
@@ -275,7 +287,7 @@ class CacheReader:
                         f"its seal in {seal.directory}; run `cascache finalize` to write the index again"
                     )
                 self._prove(seal)
-                self._open[part] = PartReader(self.store, f"{layout.PARTS}/{seal.directory}")
+                self._open[part] = open_part(self.store, seal)
             self._open.move_to_end(part)
             while len(self._open) > MAX_OPEN_PARTS:
                 self._open.popitem(last=False)

@@ -137,6 +137,12 @@ def encode_shard(pieces: Sequence[Array], page: Sequence[int], coding: Coding) -
     return b"".join([*chunks, table, crc32c(table).to_bytes(_CRC_BYTES, "little")]), capacity
 
 
+def chunk_checks(shard: bytes, num_blocks: int) -> str:
+    """The checksums of all chunks of a shard in order, 8 hex digits each, as the bytes stand in the file."""
+    index = np.frombuffer(shard[-num_blocks * 16 - _CRC_BYTES : -_CRC_BYTES], "<u8").reshape(-1, 2).tolist()
+    return "".join(shard[offset + size - _CRC_BYTES : offset + size].hex() for offset, size in index)
+
+
 SHARD_NAME: Final = "c.0.0"
 """File of an array's only shard; flat, so that an array is one directory to sync."""
 
@@ -241,13 +247,20 @@ def _whole(value: object) -> int:
     return value
 
 
-def decode_chunk(data: bytes, meta: ArrayMeta, out: Array, where: str) -> None:
+def decode_chunk(data: bytes, meta: ArrayMeta, out: Array, where: str, check: bytes | None = None) -> None:
     """Decode the first values of a chunk into a flat, contiguous buffer of at most its capacity.
+
+    Args:
+        data: The chunk, its checksum at the end.
+        meta: What it holds.
+        out: Where to.
+        where: Name for messages.
+        check: The checksum that the part says this chunk has; another part's chunk has another.
 
     Raises:
         PartCorrupt: The checksum or the length is wrong.
     """
-    if crc32c(data) != _CRC_RESIDUE:
+    if crc32c(data) != _CRC_RESIDUE or (check is not None and data[-_CRC_BYTES:] != check):
         raise PartCorrupt(f"{where}: checksum of a chunk is wrong; run `cascache verify`, then {AGAIN}")
     try:
         whole = inflate(data, meta, out)
@@ -279,12 +292,14 @@ class ShardReader:
     Args:
         store: The cache's files.
         key: The array's directory.
+        checks: Checksums of its chunks, 4 bytes each, where the part names them.
 
     Raises:
         PartCorrupt: A file is missing or damaged.
     """
 
-    def __init__(self, store: Store, key: str) -> None:
+    def __init__(self, store: Store, key: str, checks: bytes | None = None) -> None:
+        self._checks = checks
         self.where = f"{store.name}/{key}"
         try:
             text = store.read(f"{key}/zarr.json", max_bytes=MAX_METADATA_BYTES)
@@ -317,7 +332,8 @@ class ShardReader:
     def read_block(self, block: int, length: int) -> Array:
         """The first `length` values of a block, checksum verified."""
         out = SHELF.empty((length,), self.meta.dtype)
-        decode_chunk(self.read_bytes(block), self.meta, out, self.where)
+        check = None if self._checks is None else self._checks[_CRC_BYTES * block :][:_CRC_BYTES]
+        decode_chunk(self.read_bytes(block), self.meta, out, self.where, check)
         return out
 
     def close(self) -> None:

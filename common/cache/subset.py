@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, get_args
 from common.cache import layout
 from common.cache.landing import proven
 from common.cache.rewrite import PartArrays, without_counts, without_text
+from common.cache.shard import SHARD_NAME, chunk_checks
 from common.cache.store import Store
 from common.errors import ConfigError, PartCorrupt
 from schemas.arrays import IMAGE_FILE_ARRAYS, ROW_ARRAYS
@@ -171,6 +172,10 @@ def subset_part(
         written = _rewrite(PartArrays(read, arrays, profile), arrays, lost)
     except (ValueError, KeyError, TypeError) as error:
         raise PartCorrupt(f"{store.name}/{base} is damaged ({error}); run `cascache verify`") from error
+    for key, data in written.items():
+        name, _, file = key.partition("/")
+        if file == SHARD_NAME:
+            arrays[name] = {**arrays[name], "chunks": chunk_checks(data, len(arrays[name]["lengths"]))}
     arrays = {name: used for name, used in arrays.items() if name not in doomed}
     if "visual" in lost:
         ids.pop("visual", None)

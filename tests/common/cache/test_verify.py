@@ -12,7 +12,7 @@ from common.cache.reader import CacheReader
 from common.cache.seals import read_seal
 from common.cache.verify import repair, verify
 from common.cache.writer import CacheWriter
-from common.errors import CacheError, CascacheError, MismatchError
+from common.errors import CacheError, CascacheError, MismatchError, PartCorrupt
 from tests.common.cache.records import assert_same_record, make_manifest, make_records
 
 
@@ -116,6 +116,26 @@ def test_swapped_parts_are_found(cache):
     report = verify(str(cache))
     assert report.bad_parts == [0, 1]
     assert verify(str(cache), deep=False).bad_parts
+
+
+def test_a_reader_refuses_what_changed_places_between_parts(cache):
+    """Without hashing files: a chunk is held to its part by the checksum that the part's attributes name."""
+    seals = [read_seal(cache, part) for part in range(2)]
+    first, second = (cache / "parts" / seal.directory for seal in seals)
+    names = sorted(seals[0].files.keys() & seals[1].files.keys())
+    swapped = [name for name in names if (first / name).read_bytes() != (second / name).read_bytes()]
+    assert sum(name.endswith("c.0.0") for name in swapped) > 5
+    for name in swapped:
+        a, b = (first / name).read_bytes(), (second / name).read_bytes()
+        (first / name).write_bytes(b)
+        (second / name).write_bytes(a)
+        assert isinstance(read_all(cache), PartCorrupt), name
+        (first / name).write_bytes(a)
+        (second / name).write_bytes(b)
+    first.rename(cache / "aside")
+    second.rename(first)
+    (cache / "aside").rename(second)
+    assert isinstance(read_all(cache), PartCorrupt)
 
 
 def test_swapped_files_of_equal_size_are_found(cache):
