@@ -61,3 +61,9 @@ class MismatchError(CascacheError, ValueError):
 
 class TrainingError(CascacheError, RuntimeError):
     """The run cannot go on: a loss is not finite, or a checkpoint belongs to another recipe."""
+
+
+def tell_os_error(error: OSError) -> str:
+    """One line about what the operating system refused, for a command line."""
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}; choose a place that exists, has room and can be written"

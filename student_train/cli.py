@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import CascacheError
+from common.errors import CascacheError, tell_os_error
 from common.settings import load_settings
 from student_train.config import EvalConfig, TrainConfig
 
@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(arguments)
     except CascacheError as error:
         print(f"student-train: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"student-train: error: {tell_os_error(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         said = str(stop) or "the last checkpoint stands"

@@ -9,6 +9,7 @@ The student is carried over from stage to stage and from level to level. Freezin
 are LLaVA-KD's (arXiv 2410.16236); `pt` is the plain alignment stage that the baselines use.
 """
 
+import difflib
 import json
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
@@ -180,8 +181,10 @@ def read_recipe(path: Path, *, base: str) -> Recipe:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        near = difflib.get_close_matches(str(path), PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(
-            f"recipe file {path} does not exist; name a file or one of {', '.join(PRESETS)}"
+            f"recipe file {path} does not exist; {hint}name a file or one of {', '.join(PRESETS)}"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not valid TOML: {error}; mend it") from error
@@ -214,11 +217,18 @@ def _read_stage(entry: object, named: Mapping[str, Stage], path: Path) -> Stage:
     try:
         return Stage.model_validate({**named[like].model_dump(), **changes})
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-            for problem in error.errors(include_url=False)
-        )
+        problems = "; ".join(map(_describe, error.errors(include_url=False)))
         raise ConfigError(f"recipe {path}, stage {changes['name']!r}: {problems}; mend it") from error
+
+
+def _describe(problem: Any) -> str:
+    """One problem of pydantic's, as a person would say it."""
+    place = [str(each) for each in problem["loc"] if each != "[key]"]
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place[-1], [*Stage.model_fields, *Divergence.model_fields], n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; known are {', '.join(Stage.model_fields)}"
+        return f"unknown field {'.'.join(place)!r}{hint}"
+    return f"{'.'.join(place)}: {problem['msg']}"
 
 
 def fit_preset(

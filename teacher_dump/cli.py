@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from common.errors import CascacheError
+from common.errors import CascacheError, tell_os_error
 from common.settings import load_settings
 from teacher_dump.config import AuditConfig, DumpConfig
 
@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = dump(config, _say)
     except CascacheError as error:
         _say(f"error: {error}")
+        return EXIT_ERROR
+    except OSError as error:
+        _say(f"error: {tell_os_error(error)}")
         return EXIT_ERROR
     except KeyboardInterrupt:
         _say("stopped; sealed parts are kept, nothing is half written; give the same command again to go on")
@@ -115,6 +118,7 @@ def _bad_samples(found: dict[str, Any]) -> str:
     return (
         f"{sum(reasons.values())} bad samples among {found['checked']:,} (images were not decoded): "
         f"{counted}; the first: {found['first']}"
+        + ("\n  that is more than --max-quarantine allows: the dump would stop" if found["stops"] else "")
     )
 
 

@@ -107,7 +107,9 @@ def preview(
     """
     config = config.model_copy(update={"out": choose_out(config.out, None)})
     found = describe(config, teacher, plan, plan.todo(frozenset()), preparer, source)
-    found["bad_samples"] = find_faults(source, plan.order, asks=config.teacher_answers).to_json()
+    faults = find_faults(source, plan.order, asks=config.teacher_answers)
+    stops = sum(faults.counts.values()) > config.max_quarantine * faults.checked
+    found["bad_samples"] = faults.to_json() | {"stops": stops}
     if config.sample_estimate is not None:
         found["trial"] = run_trial(config, teacher, plan, preparer, source)
     return found

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from common.cache import cli_inspect, cli_look, cli_size, cli_transfer, cli_trust
 from common.cache.commands import EPILOG
-from common.errors import CascacheError
+from common.errors import CascacheError, tell_os_error
 
 GROUPS = (cli_inspect, cli_look, cli_size, cli_transfer, cli_trust)
 """Modules that register commands, in the order that `--help` lists them."""
@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, answer = arguments.run(arguments)
     except CascacheError as error:
         print(f"cascache: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"cascache: error: {tell_os_error(error)}", file=sys.stderr)
         return 2
     text = json.dumps(answer, indent=1) if arguments.json else arguments.render(answer)
     try:

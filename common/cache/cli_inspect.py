@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from schemas.manifest import Manifest, PartSeal
 
 
+_ODD = (
+    "these parts are as they were sealed, but do not decode here: read them with the cascache that wrote "
+    "them, or give them up with `cascache repair --odd-too`"
+)
+
+
 def add_commands(subparsers: Any) -> None:
     """Register the group."""
     path = "directory or URL of the cache"
@@ -23,7 +29,14 @@ def add_commands(subparsers: Any) -> None:
     verify.add_argument("--signature", help="file of the signature; default: the path with .sig behind it")
     verify.add_argument("--quick", action="store_true", help="names and sizes only: no hashing, no decoding")
     text = "unseal damaged parts and remove leftovers; run while no writer is at work"
-    add_command(subparsers, "repair", text, run_repair).add_argument("path", help=path)
+    repair = add_command(subparsers, "repair", text, run_repair)
+    repair.add_argument("path", help=path)
+    repair.add_argument(
+        "--odd-too",
+        action="store_true",
+        help="also parts whose files are as they were sealed but do not decode here: written by another "
+        "version, or by a faulty writer",
+    )
     text = "write the index of a complete cache, for a fast open"
     add_command(subparsers, "finalize", text, run_finalize).add_argument("path", help=path)
 
@@ -96,9 +109,15 @@ def run_verify(arguments: argparse.Namespace) -> tuple[int, Answer]:
     """Problems, and the parts to dump again."""
     from dataclasses import asdict
 
+    from common.cache import layout
+    from common.cache.places import open_store
+    from common.cache.seals import read_manifest
     from common.cache.verify import verify
 
     trusted = _check_trust(arguments)
+    store = open_store(arguments.path, copied=False)
+    if not {layout.PARTS, layout.SEALS} & set(store.names("")):
+        read_manifest(store)  # says that there is no cache
     report = verify(arguments.path, deep=not arguments.quick)
     answer = (
         trusted
@@ -106,7 +125,9 @@ def run_verify(arguments: argparse.Namespace) -> tuple[int, Answer]:
         | {"bad_parts": report.bad_parts, "complete": report.complete, "ok": report.ok}
     )
     answer["checked"] = "every byte" if report.deep else "names and sizes only, not the contents"
-    if not report.ok:
+    if report.odd_parts and set(report.odd_parts) == set(report.bad_parts):
+        answer["next"] = _ODD
+    elif not report.ok:
         answer["next"] = "cascache repair, then the same teacher-dump command; or copy the cache again"
     elif not report.complete:
         answer["next"] = "run the same teacher-dump command to dump the missing parts"
@@ -135,13 +156,18 @@ def run_repair(arguments: argparse.Namespace) -> tuple[int, Answer]:
     from common.cache.verify import repair, verify
 
     report = verify(arguments.path)
-    parts = repair(report)
-    return 0, {
+    parts = repair(report, odd_too=arguments.odd_too)
+    kept = [] if arguments.odd_too else report.odd_parts
+    answer: Answer = {
         "path": arguments.path,
-        "unsealed": report.bad_parts,
+        "unsealed": [part for part in report.bad_parts if part not in kept],
         "parts_to_dump": parts,
-        "next": "run the same teacher-dump command",
     }
+    if kept:
+        answer |= {"odd_parts_kept": kept, "next": _ODD}
+    elif parts:
+        answer["next"] = "run the same teacher-dump command"
+    return int(bool(kept)), answer
 
 
 def run_finalize(arguments: argparse.Namespace) -> tuple[int, Answer]:

@@ -3,14 +3,14 @@
 Objects appear whole or not at all; a conditional put decides which of several writers seals a part.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import obstore
-from obstore.exceptions import AlreadyExistsError, NotFoundError
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 
 from common.cache.local_copy import LocalCopy, ObjectBlob
 from common.cache.store import COPY_BYTES, MAX_WHOLE_BYTES, Blob, scratch_directory
@@ -21,6 +21,10 @@ UPLOAD_THREADS: Final = 16
 
 MULTIPART_BYTES: Final = 8 << 20
 """Bytes of a piece of a large upload."""
+
+
+def _list_all(store: Any, prefix: str | None) -> list[Any]:
+    return list(obstore.list(store, prefix))
 
 
 class ObjectStore:
@@ -43,7 +47,7 @@ class ObjectStore:
     def read(self, key: str, *, max_bytes: int = MAX_WHOLE_BYTES) -> bytes:
         """A whole, small object; never from the copy, because manifests and seals decide what exists."""
         try:
-            found = obstore.get(self._store, key)
+            found = self._ask(obstore.get, key)
             if found.meta["size"] > max_bytes:
                 raise CacheError(
                     f"{self.name}/{key} has {found.meta['size']} bytes, more than {max_bytes}; refused: "
@@ -52,6 +56,23 @@ class ObjectStore:
             return bytes(found.bytes())
         except (NotFoundError, FileNotFoundError) as error:
             raise FileNotFoundError(f"{self.name}/{key}") from error
+
+    def _ask(self, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Send a request; what only its sender can understand passes through.
+
+        Raises:
+            CacheError: The store cannot be reached, or refuses.
+        """
+        try:
+            return request(self._store, *arguments, **options)
+        except (NotFoundError, AlreadyExistsError):
+            raise
+        except BaseError as error:
+            first = str(error).strip().splitlines()[0][:300]
+            raise CacheError(
+                f"{self.name}: {first}; check the bucket's name, and credentials and endpoint in the "
+                f"environment (AWS_..., GOOGLE_..., AZURE_...)"
+            ) from error
 
     def links(self) -> list[str]:
         """None: an object store has no links."""
@@ -62,7 +83,7 @@ class ObjectStore:
         name = f"{self.name}\n{key}\n{offset}\n{length}"
         data = self._copy.get(name) if self._copy else None
         if data is None:
-            data = bytes(obstore.get_range(self._store, key, start=offset, length=length))
+            data = bytes(self._ask(obstore.get_range, key, start=offset, length=length))
             if self._copy:
                 self._copy.put(name, data)
         return data
@@ -70,14 +91,14 @@ class ObjectStore:
     def open(self, key: str) -> Blob:
         """An object to read ranges of."""
         try:
-            return ObjectBlob(self, key, int(obstore.head(self._store, key)["size"]))
+            return ObjectBlob(self, key, int(self._ask(obstore.head, key)["size"]))
         except (NotFoundError, FileNotFoundError) as error:
             raise FileNotFoundError(f"{self.name}/{key}") from error
 
     def pieces(self, key: str) -> Iterator[bytes]:
         """An object from its start to its end, in one request; never from the copy."""
         try:
-            found = obstore.get(self._store, key)
+            found = self._ask(obstore.get, key)
             if found.meta["size"] <= COPY_BYTES:
                 yield bytes(found.bytes())
             else:
@@ -88,20 +109,20 @@ class ObjectStore:
     def put(self, key: str, data: bytes | Iterable[bytes]) -> None:
         """Put an object whole: bytes in one request, pieces in several."""
         if isinstance(data, bytes):
-            obstore.put(self._store, key, data, use_multipart=False)
+            self._ask(obstore.put, key, data, use_multipart=False)
         else:
-            obstore.put(self._store, key, data, chunk_size=MULTIPART_BYTES, max_concurrency=4)
+            self._ask(obstore.put, key, data, chunk_size=MULTIPART_BYTES, max_concurrency=4)
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below a prefix, sorted."""
-        found = obstore.list_with_delimiter(self._store, prefix or None)
+        found = self._ask(obstore.list_with_delimiter, prefix or None)
         paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
         return sorted({path.rstrip("/").rsplit("/", 1)[-1] for path in paths})
 
     def walk(self, prefix: str = "") -> dict[str, int]:
         """Size of every object below a prefix, by relative key."""
         sizes = {}
-        for page in obstore.list(self._store, prefix or None):
+        for page in self._ask(_list_all, prefix or None):
             for item in page:
                 path = str(item["path"])
                 sizes[path.removeprefix(f"{prefix}/") if prefix else path] = int(item["size"])
@@ -110,7 +131,7 @@ class ObjectStore:
     def create(self, key: str, data: bytes) -> bool:
         """Put an object unless it exists: a conditional put is the decision."""
         try:
-            obstore.put(self._store, key, data, mode="create")
+            self._ask(obstore.put, key, data, mode="create")
         except AlreadyExistsError:
             return False
         return True
@@ -120,15 +141,15 @@ class ObjectStore:
         paths = [p for p in source.rglob("*") if p.is_file()]
         with ThreadPoolExecutor(UPLOAD_THREADS) as pool:
             keys = [f"{key}/{path.relative_to(source).as_posix()}" for path in paths]
-            list(pool.map(lambda pair: obstore.put(self._store, *pair), zip(keys, paths, strict=True)))
+            list(pool.map(lambda pair: self._ask(obstore.put, *pair), zip(keys, paths, strict=True)))
 
     def remove(self, key: str) -> None:
         """Remove an object, and all below it."""
         doomed = [f"{key}/{name}" for name in self.walk(key)]
         with suppress(NotFoundError, FileNotFoundError):
-            obstore.delete(self._store, key)
+            self._ask(obstore.delete, key)
         if doomed:
-            obstore.delete(self._store, doomed)
+            self._ask(obstore.delete, doomed)
 
     def working(self) -> Path:
         """A directory on the local disk."""

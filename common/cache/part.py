@@ -276,6 +276,10 @@ def read_part_info(store: Store, key: str, sha256: str | None = None) -> PartInf
         )
     except FileNotFoundError as error:
         raise PartCorrupt(f"{path} is missing though its part is sealed; dump the part again") from error
+    except KeyError as error:
+        raise PartCorrupt(
+            f"{path} lacks {error}: another version of cascache wrote it; read it with that one"
+        ) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise PartCorrupt(f"{path} is damaged ({error}); dump the part again") from error
     known = array_table()

@@ -87,6 +87,12 @@ class Report:
         return sorted({p.part for p in self.problems if p.part is not None})
 
     @property
+    def odd_parts(self) -> list[int]:
+        """Bad parts whose files are as they were sealed: made by another version, or a faulty writer."""
+        damaged = {p.part for p in self.problems if p.kind != "content"}
+        return [part for part in self.bad_parts if part not in damaged]
+
+    @property
     def complete(self) -> bool:
         """Whether every part of the plan is sealed."""
         return self.num_parts > 0 and not self.missing_parts
@@ -276,13 +282,14 @@ def _check_index_files(store: Store) -> Iterator[Problem]:
         yield Problem("index", None, path, fault)
 
 
-def repair(report: Report) -> list[int]:
+def repair(report: Report, *, odd_too: bool = False) -> list[int]:
     """Unseal what is damaged and remove leftovers, so that the same teacher-dump command fills the gaps.
 
     Run it only while no writer is at work.
 
     Args:
         report: What `verify` found.
+        odd_too: Whether to unseal `Report.odd_parts` as well: nothing has happened to their files.
 
     Returns:
         Parts that have to be dumped again, missing ones included.
@@ -301,7 +308,8 @@ def repair(report: Report) -> list[int]:
         )
     if any(p.kind != "unsealed" for p in report.problems):
         drop_index(store)
-    for part in report.bad_parts:
+    doomed = [part for part in report.bad_parts if odd_too or part not in report.odd_parts]
+    for part in doomed:
         store.remove(layout.seal_key(part))
         store.remove(layout.seal_key(part).removesuffix(f"/{layout.METADATA}"))
     kept = {read_seal(store, part).directory for part in sealed_parts(store)}
@@ -312,4 +320,4 @@ def repair(report: Report) -> list[int]:
         if problem.kind == "skeleton":
             store.remove(problem.path)
             store.create(problem.path, layout.group_json({}))
-    return sorted(set(report.missing_parts) | set(report.bad_parts))
+    return sorted(set(report.missing_parts) | set(doomed))

@@ -79,7 +79,7 @@ def test_file_changes_named_stages(tmp_path):
         ("[[levels]", "not valid TOML"),
         ("levels = 3", "wants \\[\\[levels\\]\\]"),
         ("[[levels]]\nstages = ['warm']", "known are pt, dpt, sft, dft"),
-        ("[[levels]]\nstages = [{name = 'sft', lr = 1}]", "lr: Extra inputs"),
+        ("[[levels]]\nstages = [{name = 'sft', lr = 1}]", "unknown field 'lr'; known are name"),
         ("[[levels]]\nstages = [{name = 'sft', steps = 3, epochs = 1}]", "either epochs or steps"),
         ("base = 'huge'\n[[levels]]\nstages = ['sft']", "wanted one of paper, tiny"),
     ],

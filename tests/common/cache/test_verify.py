@@ -1,5 +1,6 @@
 """Nothing wrong with a cache stays unseen, and nothing damaged is ever returned as data."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 
 from common.cache import layout
+from common.cache.cli import main
 from common.cache.reader import CacheReader
 from common.cache.seals import read_seal
 from common.cache.verify import repair, verify
 from common.cache.writer import CacheWriter
-from common.errors import CacheError, CascacheError, MismatchError, PartCorrupt
+from common.errors import CacheError, CascacheError, MismatchError, PartCorrupt, PartMissing
+from schemas.manifest import FileSeal
 from tests.common.cache.records import assert_same_record, make_manifest, make_records
 
 
@@ -294,3 +297,32 @@ def test_a_symbolic_link_is_not_a_sealed_file(cache, tmp_path):
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
     assert verify(str(cache), deep=False).bad_parts == [0]
+
+
+def test_repair_leaves_what_was_sealed_as_it_is_unless_told(cache, capsys):
+    """Attributes that another version wrote: every hash fits, and only this reader cannot read them."""
+    seal = read_seal(cache, 0)
+    document = cache / "parts" / seal.directory / "zarr.json"
+    attributes = layout.read_guarded_json(document.read_bytes())
+    for used in attributes["arrays"].values():
+        del used["chunks"]
+    document.write_bytes(layout.guarded_json(attributes))
+    files = dict(seal.files)
+    size, sha256 = document.stat().st_size, hashlib.sha256(document.read_bytes()).hexdigest()
+    files["zarr.json"] = FileSeal(size_bytes=size, sha256=sha256)
+    changed = seal.model_copy(update={"files": files})
+    (cache / layout.seal_key(0)).write_bytes(layout.guarded_json(changed.model_dump(mode="json")))
+    report = verify(str(cache))
+    assert report.odd_parts == [0]
+    assert any("another version of cascache wrote it" in problem.message for problem in report.problems)
+    assert main(["repair", str(cache)]) == 1
+    assert "--odd-too" in capsys.readouterr().out
+    assert read_seal(cache, 0) == changed
+    assert main(["repair", str(cache), "--odd-too"]) == 0
+    with pytest.raises(PartMissing):
+        read_seal(cache, 0)
+
+
+def test_verify_of_no_cache_is_an_error_not_a_finding(tmp_path, capsys):
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "is not a cache" in capsys.readouterr().err
