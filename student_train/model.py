@@ -48,6 +48,7 @@ _ONEVISION: Final = Family(
     ("model.multi_modal_projector.", "model.image_newline"),
     hub_tower="vision_model.",
 )
+_INTERNVL: Final = Family("model.vision_tower.", ("model.multi_modal_projector.",))
 _QWEN: Final = Family("model.visual.", ("model.visual.merger.",), token_types=True)
 _QWEN3: Final = Family(
     "model.visual.", ("model.visual.merger.", "model.visual.deepstack_merger_list."), token_types=True
@@ -56,6 +57,7 @@ _QWEN3: Final = Family(
 FAMILIES: Final[dict[str, Family]] = {
     "llava": _LLAVA,
     "llava_onevision": _ONEVISION,
+    "internvl": _INTERNVL,
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN3,
