@@ -24,7 +24,7 @@ from common.cache import layout
 from common.cache.hashing import file_fault, hash_files
 from common.cache.part import write_shard
 from common.cache.shard import SHARD_NAME, ShardReader, coding_for
-from common.cache.store import Store, sync_directory, write_synced
+from common.cache.store import Store, make_working, sync_directory, write_synced
 from common.errors import CacheError, PartCorrupt
 from schemas.arrays import ArraySpec
 from schemas.manifest import FileSeal, Manifest
@@ -117,7 +117,7 @@ def write_index(store: Store, manifest: Manifest, index: Index) -> None:
     file, the others remove what they wrote.
     """
     name = layout.new_directory(0)
-    working = store.working() / name
+    working = make_working(store, name)
     try:
         attributes = _write_arrays(working, index, layout.identity_sha256(manifest))
         before = _pointer(store)
@@ -137,13 +137,12 @@ def write_index(store: Store, manifest: Manifest, index: Index) -> None:
 
 
 def _write_arrays(working: Path, index: Index, identity: str) -> dict[str, object]:
-    """Write the arrays into a new directory; returns the attributes that describe them."""
+    """Write the arrays into an empty directory; returns the attributes that describe them."""
     arrays: dict[str, Array] = {
         "blocks": index.blocks,
         "text": index.names.text,
         "samples": index.names.table,
     }
-    working.mkdir(parents=True)
     for spec in INDEX_ARRAYS:
         flat = arrays[spec.name].reshape(-1)
         write_shard(working / spec.name, [flat], [1], coding_for("portable", flat.dtype, spec.packing))

@@ -260,6 +260,15 @@ class LocalStore:
             self._real_path(".writing").rmdir()
 
 
+def make_working(store: Store, name: str) -> Path:
+    """A new directory to prepare something in; again, when another process tidied its parent away."""
+    while True:
+        directory = store.working() / name
+        with suppress(FileNotFoundError):
+            directory.mkdir()
+            return directory
+
+
 def _link_text(path: Path) -> str:
     return f"{path} is a symbolic link; a cache holds none: put what it points to in its place, or remove it"
 

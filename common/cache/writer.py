@@ -26,7 +26,7 @@ from common.cache.places import open_store
 from common.cache.reader import scan_parts
 from common.cache.seals import read_manifest, read_seal, sealed_parts
 from common.cache.shard import MAX_CHUNK_VALUES
-from common.cache.store import Store
+from common.cache.store import Store, make_working
 from common.errors import CacheError, DataError, MismatchError, PartMissing
 from common.record import Record, VisualRecord
 from schemas.manifest import Manifest, PartSeal, Quarantined
@@ -114,9 +114,9 @@ class CacheWriter:
         groups = list(group_blocks(records, self._block_rows))
         packed = pack_part(groups, self.manifest)
         name = layout.new_directory(part)
-        working = self.store.working() / name
+        working: Path | None = None
         try:
-            working.mkdir(parents=True)  # another process may tidy the parent away
+            working = make_working(self.store, name)
             write_part_files(working, packed, profile=self.manifest.encoding.profile)
             visual = [v for group in groups for v in unique_images(group).values()]
             seal = PartSeal(
@@ -141,7 +141,8 @@ class CacheWriter:
             where = f"part {part} cannot be written to {self.store.name}"
             raise CacheError(f"{where} ({error}); mend the disk and run the same command again") from error
         finally:
-            shutil.rmtree(working, ignore_errors=True)
+            if working is not None:
+                shutil.rmtree(working, ignore_errors=True)
 
     def _check(self, part: int, records: Sequence[Record], *, num_samples: int, num_missing: int) -> None:
         if not 0 <= part < max(1, self.manifest.num_parts):
