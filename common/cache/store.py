@@ -100,6 +100,9 @@ class Store(Protocol):
         """Let go of the working directory, if nobody works in it."""
 
 
+_MKDIR_ATTEMPTS: Final = 50
+
+
 class LocalBlob:
     """An open file."""
 
@@ -183,7 +186,7 @@ class LocalStore:
     def put(self, key: str, data: bytes | Iterable[bytes]) -> None:
         """Write a file under a temporary name, synced, and rename it."""
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         self._write_new(data if isinstance(data, bytes) else b"".join(data)).replace(path)
         sync_directory(path.parent)
 
@@ -213,7 +216,7 @@ class LocalStore:
     def create(self, key: str, data: bytes) -> bool:
         """Write a file whole and synced, unless it exists: a hard link is the decision."""
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         temporary = self._write_new(data)
         try:
             os.link(temporary, path)
@@ -236,7 +239,7 @@ class LocalStore:
     def add(self, source: Path, key: str) -> None:
         """Rename a finished, synced directory of this file system."""
         target = self._path(key)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make(target.parent)
         source.rename(target)
         sync_directory(target.parent)
 
@@ -251,13 +254,27 @@ class LocalStore:
     def working(self) -> Path:
         """`.writing/` inside the cache: the same file system, so that rename works."""
         directory = self._real_path(".writing")
-        directory.mkdir(parents=True, exist_ok=True)
+        _make(directory)
         return directory
 
     def tidy(self) -> None:
         """Remove `.writing/`, if it is empty: stock Zarr would wonder at it."""
         with suppress(OSError):
             self._real_path(".writing").rmdir()
+
+
+def _make(directory: Path) -> None:
+    """As `mkdir -p`, also while another process removes the directory because it is empty.
+
+    Python finds that it exists, looks whether it is a directory, and takes one that has just gone for a file.
+    """
+    for attempt in range(_MKDIR_ATTEMPTS):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            return
+        except (FileExistsError, FileNotFoundError):
+            if attempt + 1 == _MKDIR_ATTEMPTS:
+                raise
 
 
 def make_working(store: Store, name: str) -> Path:

@@ -1,12 +1,14 @@
 """One index at a time, whoever writes it, and no trace of those who came second."""
 
 import shutil
+import sys
 import threading
 
 import numpy as np
 import pytest
 
 from common.cache.reader import CacheReader
+from common.cache.store import LocalStore
 from common.cache.verify import repair, verify
 from common.cache.writer import CacheWriter
 from common.errors import CacheError
@@ -102,3 +104,25 @@ def test_the_index_names_no_directory_elsewhere(cache, name):
     assert not verify(str(cache)).ok
     with pytest.raises(CacheError, match="finalize"):
         CacheReader(str(cache))
+
+
+def test_a_working_directory_is_there_however_others_tidy(tmp_path):
+    store, faults = LocalStore(tmp_path), []
+
+    def come_and_go():
+        for _ in range(500):
+            try:
+                store.working()
+            except OSError as error:
+                faults.append(error)
+            store.tidy()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=come_and_go) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(before)
+    assert faults == []
