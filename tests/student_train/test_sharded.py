@@ -63,7 +63,9 @@ def work(rank: int, port: int) -> None:
     for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
         assert isinstance(theirs, DTensor)
         assert ours.to_local().equal(theirs.to_local())
+    distributed.barrier()  # who leaves first must not pull the connection from under the other
     distributed.destroy_process_group()
+    os._exit(0)  # torch's threads now and then abort an interpreter that takes itself apart
 
 
 @pytest.mark.slow
