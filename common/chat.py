@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ConfigError, DataError
+from common.errors import DataError
 from common.grids import ImageLayout, image_layout
 from common.spans import expand, fill_prompt
 from schemas.sample import Sample, Span, Tile, Turn
@@ -91,61 +91,6 @@ class Dialogue:
     """The sample."""
     segments: tuple[NDArray[np.int32], ...]
     """Ids before each answer, from the end of the answer before it; one image token an image."""
-
-
-def load_processor(path: str, *, revision: str | None = None) -> Any:
-    """The transformers processor of a model directory or hub id.
-
-    Raises:
-        ConfigError: There is no processor, no chat template, or no fast tokenizer.
-    """
-    try:
-        from transformers import AutoProcessor
-    except ImportError as error:
-        raise ConfigError(f"{path} needs transformers ({error}): pip install 'cascache[student]'") from error
-    try:
-        processor = AutoProcessor.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigError(
-            f"{path} holds no processor that transformers can load ({error}); point at a vision-language "
-            "model directory with tokenizer, chat template and preprocessor_config.json"
-        ) from error
-    check_processor(processor, path)
-    return processor
-
-
-def read_vocab_rows(path: str, *, revision: str | None = None) -> int:
-    """Rows of a model's head, padding included, from its configuration alone.
-
-    Raises:
-        ConfigError: There is no configuration.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} holds no model configuration ({error}); point at a model") from error
-    return int(config.get_text_config().vocab_size)
-
-
-def check_processor(processor: Any, path: str) -> None:
-    """Refuse a processor that cannot render, tokenise with offsets, or mark images.
-
-    Raises:
-        ConfigError: What is missing, and where it was looked for.
-    """
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None or getattr(processor, "image_processor", None) is None:
-        raise ConfigError(
-            f"{path} is no vision-language model: {type(processor).__name__} lacks tokenizer or images"
-        )
-    if not processor.chat_template:
-        raise ConfigError(f"{path} has no chat template; add chat_template.jinja beside its tokenizer")
-    if not tokenizer.is_fast:
-        raise ConfigError(f"{path} has only a slow tokenizer, which gives no offsets; add tokenizer.json")
-    if not isinstance(getattr(processor, "image_token", None), str):
-        raise ConfigError(f"{path}: {type(processor).__name__} names no image token")
 
 
 def to_prompt(

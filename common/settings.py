@@ -96,6 +96,9 @@ def _flags(model: type[BaseModel], parser: argparse.ArgumentParser) -> CliSettin
             cli_kebab_case=True, cli_implicit_flags=True, cli_hide_none_type=True, cli_avoid_json=True
         )
 
+    fields = Flags.__pydantic_fields__
+    for name in [name for name in fields if name not in model.__annotations__]:
+        fields[name] = fields.pop(name)  # inherited settings come last in the help
     return CliSettingsSource(
         Flags, root_parser=parser, case_sensitive=True, add_argument_method=_add_argument
     )

@@ -10,10 +10,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.chat import load_processor
 from common.data.open import open_source
 from common.data.shapes import write_shapes
 from common.models import TINY
+from common.processor import load_processor
 from scripts.plain_dump import dump_plain
 from scripts.tiny_models import Size, make_model, save_model
 

@@ -37,11 +37,11 @@ import torch
 from torch.nn import functional
 
 from common.cache.writer import CacheWriter
-from common.chat import load_processor
 from common.data.open import open_source
 from common.data.shapes import write_shapes
 from common.fingerprint import fingerprints
 from common.models import resolve_model
+from common.processor import load_processor
 from common.spans import positions_of, response_rows
 from schemas.manifest import Capture, Manifest, Relation, SampleSet, TeacherIdentity
 from schemas.sample import Sample

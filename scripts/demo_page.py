@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from common.cache.reader import CacheReader
-from common.chat import load_processor
 from common.data import scenes
 from common.html import image_uri, render_page
 from common.models import resolve_model
+from common.processor import load_processor
 from common.record import Record
 
 GALLERY_IMAGES = 24

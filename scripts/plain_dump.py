@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.cache.writer import CacheWriter
-from common.chat import ImageInput, ImageSpan, Prompt, load_processor, to_prompt
+from common.chat import ImageInput, ImageSpan, Prompt, to_prompt
 from common.data.source import SampleSource
 from common.fingerprint import fingerprints, weights_sha256
 from common.images import decode_image, image_bytes
+from common.processor import load_processor
 from common.record import Record, TopK, VisualRecord
 from common.relation import factor_relation, head_gram, relation
 from common.spans import response_rows

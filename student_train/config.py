@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from schemas.base import Frozen
+from common.processor import ProcessorOptions
 
 Root = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Precision = Literal["fp32", "bf16"]
 
 
-class TrainConfig(Frozen):
+class TrainConfig(ProcessorOptions):
     """Train a student from one or more caches, with no teacher in memory."""
 
     cache: tuple[str, ...] = ("zarr/l1",)
@@ -83,7 +83,7 @@ class TrainConfig(Frozen):
     """Print the summary as JSON."""
 
 
-class EvalConfig(Frozen):
+class EvalConfig(ProcessorOptions):
     """Answer held-out questions with a model and score exact matches."""
 
     model: str

@@ -19,11 +19,12 @@ from typing import Any, Final
 import torch
 from tqdm import tqdm
 
-from common.chat import load_processor, to_messages
+from common.chat import to_messages
 from common.data.open import open_source
 from common.data.source import SampleSource
 from common.errors import ConfigError, DataError
 from common.images import read_image
+from common.processor import ProcessorOptions, load_processor
 from schemas.sample import Sample
 from student_train.config import EvalConfig
 from student_train.metrics import write_json
@@ -94,6 +95,7 @@ def evaluate(
     limit: int | None = None,
     device: torch.device | None = None,
     team: Team = ALONE,
+    options: ProcessorOptions | None = None,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Answer every question of a data set.
 
@@ -105,6 +107,7 @@ def evaluate(
         limit: Only the first so many questions.
         device: Where to compute; a GPU if there is one.
         team: The processes that share the questions.
+        options: How the model's processor is set.
 
     Returns:
         Scores (see `score`), and every answer in the data's order.
@@ -116,7 +119,7 @@ def evaluate(
     student.eval()
     return answer(
         student.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")),
-        load_processor(model_path),
+        load_processor(model_path, options=options),
         source,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -324,6 +327,7 @@ def run_evaluation(config: EvalConfig) -> dict[str, Any]:
         batch_size=config.batch_size,
         max_new_tokens=config.max_new_tokens,
         limit=config.limit,
+        options=config,
     )
     if config.out:
         write_results(Path(config.out), scores, answers)

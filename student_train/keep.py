@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.chat import load_processor
+from common.processor import load_processor
 from student_train.card import model_card
 from student_train.checkpoint import put_weights
 from student_train.evaluate import Team, answer
@@ -41,7 +41,9 @@ class BestKeeper:
         if self._former.exists() and not directory.exists():
             self._former.replace(directory)
         # Not the stream's: its threads use that one at the same time.
-        self._processor = load_processor(plan.student.path_or_id, revision=plan.student.revision)
+        self._processor = load_processor(
+            plan.student.path_or_id, revision=plan.student.revision, options=plan.config
+        )
 
     @property
     def best(self) -> dict[str, Any] | None:

@@ -14,13 +14,13 @@ from common.cache.layout import identity_sha256
 from common.cache.own_samples import OwnSamples
 from common.cache.reader import CacheReader
 from common.cache.trust import require_root
-from common.chat import load_processor
 from common.compat import require_fit
 from common.data.open import open_source
 from common.data.source import SampleSource
 from common.errors import ConfigError, MismatchError, PartMissing
 from common.fingerprint import weights_sha256
 from common.models import ModelRef, resolve_model, smallest_of_family
+from common.processor import load_processor
 from schemas.manifest import Manifest
 from student_train.collate import Wanted
 from student_train.config import TrainConfig
@@ -181,7 +181,7 @@ def make_plan(config: TrainConfig) -> Plan:
         raise ConfigError("--eval-steps needs questions; name held-out samples with --eval")
     student = choose_student(config.student, levels[0])
     shape = read_shape(student.path_or_id, revision=student.revision)
-    processor = load_processor(student.path_or_id, revision=student.revision)
+    processor = load_processor(student.path_or_id, revision=student.revision, options=config)
     notes = [
         f"{level.path}: {note}"
         for level in levels

@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from schemas.base import Frozen
+from common.processor import ProcessorOptions
 from schemas.manifest import Encoding
 
 
-class DumpConfig(Frozen):
+class DumpConfig(ProcessorOptions):
     """Run a teacher once over a data set and keep what it knows in a cache."""
 
     model: str = "tiny"
@@ -179,7 +179,7 @@ class DumpConfig(Frozen):
         }
 
 
-class AuditConfig(Frozen):
+class AuditConfig(ProcessorOptions):
     """Compute a random handful of a cache's samples again, and say how far the cache is from them."""
 
     cache: str = "zarr/l1"

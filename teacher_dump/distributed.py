@@ -127,6 +127,7 @@ def _portable(config: DumpConfig, teacher: Teacher) -> DumpConfig:
         update={
             "model": str(teacher.path) if local else config.model,
             "out": config.out if "://" in config.out else str(Path(config.out).absolute()),
+            "chat_template": config.chat_template and str(Path(config.chat_template).absolute()),
         }
     )
 
@@ -152,7 +153,9 @@ class PartActor:
     def _open(self, config: DumpConfig, manifest: Manifest) -> None:
         assert manifest.data_source is not None, "the dump always says where its data is"
         source = open_source(manifest.data_source.path, image_root=manifest.data_source.image_root)
-        teacher = find_teacher(resolve_model(config.model), dtype=config.dtype, with_weights=True)
+        teacher = find_teacher(
+            resolve_model(config.model), dtype=config.dtype, with_weights=True, options=config
+        )
         self._config, self._plan = config, plan_dump(config, source)
         self._preparer = Preparer(
             source, teacher.processor, max_len=longest(config, teacher), asks=config.teacher_answers

@@ -57,7 +57,10 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     model = resolve_model(config.model)
     source = open_data(config)
     teacher = find_teacher(
-        model, dtype=config.dtype, with_weights=not config.dry_run or config.sample_estimate is not None
+        model,
+        dtype=config.dtype,
+        with_weights=not config.dry_run or config.sample_estimate is not None,
+        options=config,
     )
     check_settings(config, teacher, source)
     plan = plan_dump(config, source)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.chat import load_processor
 from common.errors import ConfigError
 from common.fingerprint import config_sha256, weights_sha256
 from common.models import ModelRef
+from common.processor import ProcessorOptions, load_processor
 from schemas.manifest import TeacherIdentity
 
 _CPU_FLOPS = 2e10
@@ -70,13 +70,16 @@ class Teacher:
         return flops / (2 * size / (4 if self.dtype == "float32" else 2)) if size else None
 
 
-def find_teacher(ref: ModelRef, *, dtype: str, with_weights: bool) -> Teacher:
+def find_teacher(
+    ref: ModelRef, *, dtype: str, with_weights: bool, options: ProcessorOptions | None = None
+) -> Teacher:
     """Locate a teacher and read its configuration.
 
     Args:
         ref: From `resolve_model`.
         dtype: `auto` or a dtype's name.
         with_weights: Whether a hub model's weights must be there too.
+        options: How its processor is set.
 
     Raises:
         ConfigError: It cannot be found, or is no vision-language model.
@@ -93,7 +96,7 @@ def find_teacher(ref: ModelRef, *, dtype: str, with_weights: bool) -> Teacher:
         raise ConfigError(
             f"{path} is no vision-language model that transformers knows: {error}; check --model {ref.name}"
         ) from error
-    processor = load_processor(str(path))
+    processor = load_processor(str(path), options=options)
     chosen = saved.removeprefix("torch.") if dtype == "auto" else dtype
     return Teacher(ref, path, revision, processor, str(config.model_type), chosen, *sizes)
 

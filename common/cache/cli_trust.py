@@ -19,6 +19,7 @@ def add_commands(subparsers: Any) -> None:
     )
     check.add_argument("path", help=path)
     check.add_argument("--student", required=True, help="preset, model directory or hub id")
+    check.add_argument("--chat-template", help="file with the chat template of dump and training")
     check.add_argument(
         "--image-grid",
         choices=("teacher", "own"),
@@ -46,15 +47,19 @@ def run_sign(arguments: argparse.Namespace) -> tuple[int, Answer]:
 def run_check(arguments: argparse.Namespace) -> tuple[int, Answer]:
     """Every field compared; 1 when one does not fit."""
     from common.cache.seals import read_manifest
-    from common.chat import load_processor, read_vocab_rows
     from common.compat import check_fit
     from common.models import resolve_model
+    from common.processor import ProcessorOptions, load_processor, read_vocab_rows
 
     manifest = read_manifest(arguments.path)
     student = resolve_model(arguments.student)
     fit = check_fit(
         manifest,
-        load_processor(student.path_or_id, revision=student.revision),
+        load_processor(
+            student.path_or_id,
+            revision=student.revision,
+            options=ProcessorOptions(chat_template=arguments.chat_template),
+        ),
         vocab_rows=read_vocab_rows(student.path_or_id, revision=student.revision),
         own_grid=arguments.image_grid == "own",
     )

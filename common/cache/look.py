@@ -74,7 +74,7 @@ def find_decoder(manifest: Manifest, model: str | None = None) -> Decode | None:
     Raises:
         MismatchError: The model that was named has another tokenizer.
     """
-    from common.chat import load_processor
+    from common.processor import load_processor
 
     name = model or manifest.teacher.model
     if model is None and name not in PRESETS:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.chat import ImageInput, load_processor, render, to_messages, to_prompt, to_question
+from common.chat import ImageInput, render, to_messages, to_prompt, to_question
 from common.errors import ConfigError, DataError
 from common.grids import image_layout
+from common.processor import load_processor
 from schemas.sample import ImageRef, Sample, Turn
 from tests import tiny_families
 

@@ -7,11 +7,11 @@ import pytest
 
 from common.cache import cli
 from common.cache.writer import CacheWriter
-from common.chat import load_processor, read_vocab_rows
 from common.compat import check_fit
 from common.errors import ConfigError
 from common.fingerprint import fingerprints
 from common.models import TINY, resolve_model
+from common.processor import load_processor, read_vocab_rows
 from tests.common.cache.records import make_manifest
 
 FIELDS = ["tokenizer", "chat template", "image processor", "vocabulary", "head"]

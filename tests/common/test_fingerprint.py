@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from common.chat import load_processor
 from common.compat import check_fit, require_fit
 from common.errors import ConfigError, MismatchError
 from common.fingerprint import config_sha256, fingerprints, weights_sha256
 from common.models import resolve_model
+from common.processor import load_processor
 from schemas.manifest import Capture, Manifest, SampleSet, TeacherIdentity
 
 TEACHER = Path(resolve_model("tiny-l2").path_or_id)

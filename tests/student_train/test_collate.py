@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from common.cache.reader import CacheReader
-from common.chat import load_processor
 from common.data.open import open_source
 from common.errors import MismatchError
+from common.processor import load_processor
 from common.record import Record, TopK, VisualRecord
 from schemas.sample import Span
 from student_train.collate import Example, InputLayout, Wanted, collate, drawn_masses, to_targets

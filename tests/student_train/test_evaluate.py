@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from common.chat import load_processor
 from common.data.open import open_source
 from common.errors import ConfigError
 from common.models import TINY
+from common.processor import load_processor
 from student_train.config import EvalConfig
 from student_train.evaluate import Answer, Team, evaluate, matches, read_questions, run_evaluation, score
 from tests.student_train.conftest import STUDENT

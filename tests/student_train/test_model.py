@@ -6,8 +6,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from common.chat import load_processor
 from common.errors import ConfigError, MismatchError
+from common.processor import load_processor
 from student_train.model import FAMILIES, load_student, read_shape, save_student
 from tests import tiny_families
 from tests.student_train.conftest import STUDENT

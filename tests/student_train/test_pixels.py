@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from common.cache.reader import CacheReader
-from common.chat import load_processor
 from common.data.open import open_source
 from common.errors import DataError, MismatchError
+from common.processor import load_processor
 from student_train.pixels import PixelLoader, Pixels, join, preprocess
 from tests.student_train.conftest import STUDENT
 

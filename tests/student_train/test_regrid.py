@@ -11,11 +11,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from common.cache.reader import CacheReader
-from common.chat import ImageInput, load_processor, to_prompt
+from common.chat import ImageInput, to_prompt
 from common.data.open import open_source
 from common.errors import ConfigError, MismatchError
 from common.grids import ImageLayout, image_layout
 from common.images import decode_image, image_bytes
+from common.processor import load_processor
 from scripts.tiny_models import save_model
 from student_train.model import load_student
 from student_train.regrid import regrid

@@ -13,9 +13,9 @@ import pytest
 
 from common.cache.own_samples import OwnSamples
 from common.cache.reader import CacheReader
-from common.chat import load_processor
 from common.data.open import open_source
 from common.images import image_bytes
+from common.processor import load_processor
 from student_train.model import load_student, save_student
 from student_train.train import train
 from tests.student_train.conftest import STUDENT

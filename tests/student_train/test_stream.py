@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from common.cache.reader import CacheReader
-from common.chat import load_processor
 from common.data.open import open_source
+from common.processor import load_processor
 from student_train.collate import Wanted
 from student_train.losses.terms import TERMS
 from student_train.pixels import PixelLoader

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from common.chat import load_processor
 from common.errors import CascacheError
+from common.processor import load_processor
 from schemas.manifest import Capture
 from teacher_dump.engine import Engine, EngineSettings
 from teacher_dump.public import choose_engine

@@ -13,12 +13,13 @@ import torch
 from common.cache.reader import CacheReader
 from common.cache.verify import verify
 from common.cache.writer import CacheWriter
-from common.chat import image_token_id, load_processor, to_question
+from common.chat import image_token_id, to_question
 from common.data.entries import to_sample
 from common.data.open import open_source
 from common.errors import ConfigError, DataError
 from common.images import decode_image, image_bytes
 from common.models import resolve_model
+from common.processor import load_processor
 from common.record import Record
 from schemas.manifest import Encoding
 from schemas.sample import ImageRef

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.chat import load_processor
+from common.processor import load_processor
 from common.record import Record
 from common.relation import factor_exact, head_gram, relation
 from common.spans import response_rows
