@@ -3,7 +3,8 @@
     CascacheError
     ├── ConfigError (ValueError)        mend the settings
     ├── DataError (ValueError)          mend the input
-    ├── EngineError (RuntimeError)      mend the teacher's environment
+    ├── EngineError (RuntimeError)      fix the teacher's environment
+    │   └── EngineStopped               it died while it computed: run the same command again
     ├── CacheError (OSError)            the cache on disk
     │   ├── PartMissing                 dump that part
     │   └── PartCorrupt                 dump that part again
@@ -41,6 +42,10 @@ def _data_error(message: str, reason: str) -> DataError:
 
 class EngineError(CascacheError, RuntimeError):
     """The teacher's engine is missing, untested or answered wrongly."""
+
+
+class EngineStopped(EngineError):
+    """A started engine died or broke while it computed; what was sealed is kept."""
 
 
 class CacheError(CascacheError, OSError):

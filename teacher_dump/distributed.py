@@ -23,7 +23,7 @@ import numpy as np
 
 from common.cache.writer import CacheWriter
 from common.data.open import open_source
-from common.errors import CascacheError, ConfigError, EngineError
+from common.errors import CascacheError, ConfigError, EngineError, EngineStopped
 from common.models import resolve_model
 from schemas.manifest import Manifest
 from teacher_dump.config import DumpConfig
@@ -117,7 +117,7 @@ def _start(config: DumpConfig) -> Any:
     return ray
 
 
-_ERRORS = {each.__name__: each for each in CascacheError.__subclasses__()}
+_ERRORS = {each.__name__: each for each in (*CascacheError.__subclasses__(), EngineStopped)}
 
 
 def _portable(config: DumpConfig, teacher: Teacher) -> DumpConfig:

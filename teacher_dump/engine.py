@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.chat import Prompt
-from common.errors import ConfigError, EngineError
+from common.errors import ConfigError, EngineError, EngineStopped
 from teacher_dump.request import (
     EXTRA_ARG,
     ROWS_MISSING,
@@ -207,9 +207,9 @@ class Engine:
             with warnings.catch_warnings():  # vllm's own imports, on first touch of LLM
                 warnings.simplefilter("ignore", FutureWarning)
                 self._llm = vllm.LLM(**arguments)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, _vllm_errors()[1]) as error:
             raise ConfigError(f"vLLM refuses {self.settings.model} with these settings: {error}") from error
-        except (RuntimeError, OSError, MemoryError) as error:
+        except (RuntimeError, OSError, MemoryError, _vllm_errors()[0]) as error:
             raise EngineError(
                 f"vLLM could not start {self.settings.model}: {error}; VLLM_LOGGING_LEVEL=INFO shows its log"
             ) from error
@@ -265,20 +265,21 @@ class Engine:
 
     def _run(self, submissions: Sequence[Submission], *, whole: bool) -> list[Captured]:
         """Compute a wave; `whole` takes nothing from the prefix cache."""
+        vllm_error, client_error = _vllm_errors()
         refused: dict[str, Captured] = {}
         submitted: list[Submission] = []
         for each in submissions:
             try:
                 self._submit(each, whole=whole)
                 submitted.append(each)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, client_error) as error:
                 refused[each.request.key] = Captured(each.request.key, str(error), "engine-refused")
         try:
             outputs = self._llm.wait_for_completion(use_tqdm=False) if submitted else []
             finished = self._collect(submitted, outputs)
-        except RuntimeError as error:
-            raise EngineError(
-                f"vLLM stopped while computing: {error}; run the same command again to go on"
+        except (RuntimeError, vllm_error) as error:
+            raise EngineStopped(
+                f"vLLM stopped while computing: {error}; run the same command again to resume"
             ) from error
         for each, output in zip(submitted, outputs, strict=True):
             finished.setdefault(
@@ -323,17 +324,18 @@ class Engine:
         Raises:
             EngineError: vLLM itself broke.
         """
+        vllm_error, client_error = _vllm_errors()
         refused: dict[int, Answer] = {}
         for index, each in enumerate(questions):
             try:
                 self._ask(each)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, client_error) as error:
                 refused[index] = Answer(np.empty(0, np.int32), finished=False, problem=str(error))
         try:
             outputs = self._llm.wait_for_completion(use_tqdm=False) if len(refused) < len(questions) else []
-        except RuntimeError as error:
-            raise EngineError(
-                f"vLLM stopped while answering: {error}; run the same command again to go on"
+        except (RuntimeError, vllm_error) as error:
+            raise EngineStopped(
+                f"vLLM stopped while answering: {error}; run the same command again to resume"
             ) from error
         given = iter(outputs)
         return [
@@ -451,6 +453,13 @@ def _import_vllm(*, any_version: bool) -> Any:
             "or try this one with --any-vllm"
         )
     return vllm
+
+
+def _vllm_errors() -> tuple[type[Exception], type[Exception]]:
+    """Every error of vLLM's own, and those among them that one request caused; neither is a RuntimeError."""
+    from vllm.exceptions import VLLMClientError, VLLMError
+
+    return VLLMError, VLLMClientError
 
 
 def _on_cpu() -> bool:
