@@ -68,6 +68,18 @@ class TrainingError(CascacheError, RuntimeError):
     """The run cannot go on: a loss is not finite, or a checkpoint belongs to another recipe."""
 
 
+def quote(value: object, limit: int = 80) -> str:
+    """What a message quotes of a user's input: its `repr`, cut in the middle where it is long."""
+    return shorten(repr(value), limit)
+
+
+def shorten(text: str, limit: int = 400) -> str:
+    """Text of somebody else's for one line of ours: no line breaks, cut in the middle where it is long."""
+    text = " ".join(text.split())
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
+
+
 def tell_os_error(error: OSError) -> str:
     """One line about what the operating system refused, for a command line."""
     where = f"{error.filename}: " if error.filename else ""

@@ -143,7 +143,7 @@ def _of_directory(name: str, path: Path) -> ModelRef:
             f"{config} is no model configuration ({error!r}); wanted JSON with `model_type`"
         ) from error
     return ModelRef(
-        name, str(path.resolve()), None, _family_of_path(path) or _family_of_type(str(model_type))
+        name, str(path.absolute()), None, _family_of_path(path) or _family_of_type(str(model_type))
     )
 
 

@@ -146,7 +146,7 @@ def _images(config: DumpConfig) -> tuple[str | None, Iterator[ImageRef]]:
         if not files:
             raise ConfigError(f"{directory} holds no image file; point --data at images, or at a data file")
         refs = (ImageRef(path=file.relative_to(directory).as_posix()) for file in files)
-        return str(directory.resolve()), refs
+        return str(directory.absolute()), refs
     source = open_source(config.data, image_root=config.image_root)
     return source.image_root, _images_of(source)
 

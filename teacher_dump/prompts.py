@@ -1,19 +1,22 @@
 """Samples made ready ahead of the engine: read, decoded, tokenised in threads, in plan order.
 
-A sample that cannot be used comes out as `Quarantined` with its reason, and the dump goes on.
+A sample that cannot be used comes out as `Quarantined` with its reason, and the dump continues. That holds
+for whatever a library raises over one sample too; settings, disk and engine are what stops a dump.
 """
 
 import hashlib
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.chat import Dialogue, ImageInput, Prompt, answered_prompt, to_dialogue, to_prompt
 from common.data.source import SampleSource
-from common.errors import DataError
+from common.errors import CascacheError, DataError, shorten
 from common.images import decode_image, image_bytes, image_path
 from schemas.manifest import Quarantined
 from schemas.sample import ImageRef, Sample
@@ -70,15 +73,28 @@ class Preparer:
         self._tokenizer = threading.Lock()  # a fast tokenizer must not be borrowed twice
 
     def __call__(self, index: int) -> Prepared | Quarantined:
-        """Prepare the sample at `index` of the source."""
+        """Prepare the sample at `index` of the source.
+
+        Raises:
+            CascacheError: The settings are wrong, for every sample alike.
+        """
         try:
-            sample = self._source[index]
-            images = [self._read(ref, sample) for ref in sample.images]
-            inputs = tuple(each for each, _, _ in images)
-            with self._tokenizer:
-                prompt, asked = self._prompt(sample, inputs)
+            return self._prepare(index)
         except DataError as error:
             return Quarantined(sample_id=self._ids[index], reason=error.reason, detail=str(error))
+        except CascacheError:
+            raise
+        except Exception as error:  # noqa: BLE001 - one sample must not stop the others
+            return Quarantined(
+                sample_id=self._ids[index], reason="sample-error", detail=_describe(self._ids[index], error)
+            )
+
+    def _prepare(self, index: int) -> Prepared:
+        sample = self._source[index]
+        images = [self._read(ref, sample) for ref in sample.images]
+        inputs = tuple(each for each, _, _ in images)
+        with self._tokenizer:
+            prompt, asked = self._prompt(sample, inputs)
         shown = tuple(pixels for _, pixels, _ in images)
         encoded = tuple(data for _, _, data in images)
         identities = tuple(map(pixel_identity, shown))
@@ -103,6 +119,14 @@ class Preparer:
         where = f"{image_path(ref, root) or 'inline'} of {sample.sample_id}"
         pixels = decode_image(encoded, where=where)
         return ImageInput(hashlib.sha256(encoded).hexdigest(), pixels.height, pixels.width), pixels, encoded
+
+
+def _describe(sample_id: str, error: Exception) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{sample_id}: preparing it raised {type(error).__name__}: {shorten(str(error))} "
+        f"({Path(place.filename).name}, line {place.lineno}); fix or drop the sample"
+    )
 
 
 def prepare_ahead(

@@ -7,6 +7,9 @@ r"""One entry of a data file → one `Sample`: LLaVA conversations and chat mess
 
 Entries without a response, and images without any text, are read too: a teacher may answer them.
 
+An entry that carries a video, sound or another input that nobody here would see is refused: its text
+alone would teach answers about something that was never shown.
+
 An `<image>` mark inside text, and an image part that names no file, both take the next image of the
 entry's own list. Line breaks next to a mark belong to the mark: chat templates write their own.
 """
@@ -18,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from common.errors import DataError
+from common.errors import DataError, quote, shorten
 from schemas.sample import ImageRef, Role, Sample, Turn
 
 IMAGE_MARK = "<image>"
@@ -30,20 +33,36 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 
+OTHER_INPUTS = frozenset(
+    f"{name}{ending}"
+    for name in ("video", "audio", "sound", "speech", "point_cloud", "input_audio", "input_video")
+    for ending in ("", "s", "_path", "_paths", "_url", "_urls", "_file", "_files", "_bytes")
+)
+"""Fields of an entry, and types of message parts, that name an input other than text and images."""
+
+_OWN_FIELDS = frozenset(
+    {"id", "image", "images", "conversations", "messages", "kind", "question_type", "unusable", "reason"}
+)
+
+_LONGEST_PATH_BYTES = 4095
+_LONGEST_NAME_BYTES = 255
+
 Entry = Mapping[str, Any]
 
 
 def entry_id(entry: object, index: int) -> str:
     """The entry's id as text, or its index when it has none that is usable."""
     found = entry.get("id") if isinstance(entry, Mapping) else None
-    return str(found) if isinstance(found, str | int) and not isinstance(found, bool) else str(index)
+    if isinstance(found, bool) or not isinstance(found, str | int):
+        return str(index)
+    return str(found).encode("utf-8", "backslashreplace").decode()  # half a surrogate pair is no text
 
 
 def first_reference(entry: object) -> ImageRef | None:
     """The entry's first image reference; None without images or when it is unusable."""
     try:
         return next(_references(entry), None) if isinstance(entry, Mapping) else None
-    except DataError:
+    except Exception:  # noqa: BLE001 - `to_sample` says what is wrong with it
         return None
 
 
@@ -64,13 +83,27 @@ def to_sample(entry: object, *, sample_id: str, where: str) -> Sample:
 
     Raises:
         DataError: `entry`: no such mapping; `turns`: unknown speakers or no turn; `image-marks`:
-            marks and images do not match; `empty-response`; `image-remote`; `image-reference`; or what
-            the entry's `unusable` says, where an earlier step has found it so.
+            marks and images do not match; `empty-response`; `image-remote`; `image-reference`; `text`:
+            half a surrogate pair; `video`, `audio` and so on: an input that is neither text nor image;
+            or what the entry's `unusable` says, where an earlier step has found it so.
     """
+    try:
+        return _read(entry, sample_id, where)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{where}: reading it raised {type(error).__name__}: {shorten(str(error))}; fix or drop it",
+            reason="entry",
+        ) from error
+
+
+def _read(entry: object, sample_id: str, where: str) -> Sample:
     if not isinstance(entry, Mapping):
         raise DataError(f"{where}: found {_kind_of(entry)}, wanted an object", reason="entry")
     if "unusable" in entry:
         raise DataError(str(entry["unusable"]), reason=str(entry.get("reason", "entry")))
+    _refuse_other_inputs(entry, where)
     own = tuple(_own_images(entry))
     if own and entry.get("conversations") is None and entry.get("messages") is None:
         return Sample(sample_id=sample_id, images=own, turns=())
@@ -88,6 +121,36 @@ def _kind_of(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
+def _refuse_other_inputs(entry: Entry, where: str) -> None:
+    """A known field, or any whose name the text marks as it would an image: `<lidar>` beside `lidar`."""
+    for name in map(str, entry.keys() - _OWN_FIELDS):
+        if entry.get(name) in (None, "", [], {}):
+            continue
+        marks = f"<{name}>", f"<{name.removesuffix('s')}>"
+        if name in OTHER_INPUTS or any(mark in text for text in _texts(entry) for mark in marks):
+            raise _other_input(where, name)
+
+
+def _texts(entry: Entry) -> Iterator[str]:
+    turns = entry.get("conversations") or entry.get("messages")
+    for turn in turns if isinstance(turns, list | tuple) else ():
+        content = turn.get("value") or turn.get("content") if isinstance(turn, Mapping) else None
+        for part in content if isinstance(content, list | tuple) else [content]:
+            text = part.get("text") if isinstance(part, Mapping) else part
+            if isinstance(text, str):
+                yield text
+
+
+def _other_input(where: str, name: str) -> DataError:
+    known = (each for each in sorted(OTHER_INPUTS, key=len) if name.startswith(each))
+    reason = next(known, name)
+    return DataError(
+        f"{where}: has {name!r}, which neither teacher nor student is shown; wanted text and images "
+        "only, drop the entry",
+        reason=reason.replace("_", "-"),
+    )
+
+
 def _turns(entry: Entry, where: str) -> Sequence[Any]:
     for name in ("conversations", "messages"):
         turns = entry.get(name)
@@ -97,7 +160,7 @@ def _turns(entry: Entry, where: str) -> Sequence[Any]:
             raise DataError(f"{where}: {name} is {_kind_of(turns)}, wanted a list of turns", reason="entry")
         return turns
     raise DataError(
-        f"{where}: found fields {sorted(map(str, entry))}, wanted `conversations` or `messages`",
+        f"{where}: found fields {quote(sorted(map(str, entry)), 200)}, wanted `conversations` or `messages`",
         reason="entry",
     )
 
@@ -109,7 +172,7 @@ def _check_responses(turns: tuple[Turn, ...], where: str) -> None:
     for number, turn in enumerate(responses):
         if not "".join(str(part) for part in turn.parts).strip():
             raise DataError(
-                f"{where}: response {number} is empty; wanted some text, mend or drop the entry",
+                f"{where}: response {number} is empty; wanted some text, fix or drop the entry",
                 reason="empty-response",
             )
 
@@ -158,13 +221,32 @@ def to_reference(value: object) -> ImageRef:
     if scheme == "data":
         return ImageRef(data=_inline(rest))
     if scheme == "file" and rest.startswith("//"):
-        return ImageRef(path=unquote(urlsplit(value).path))
+        return ImageRef(path=_checked_path(unquote(urlsplit(value).path)))
     if rest.startswith("//"):
         raise DataError(
-            f"image {value} is remote; cascache reads local files only, download it and name the file",
+            f"image {quote(value)} is remote; cascache reads local files only, download it and name the file",
             reason="image-remote",
         )
-    return ImageRef(path=value)
+    return ImageRef(path=_checked_path(value))
+
+
+def _checked_path(path: str) -> str:
+    """The path, if a file system could hold it: inline data is not mistaken for a file's name."""
+    encoded = path.encode("utf-8", "surrogatepass")
+    longest = max(map(len, encoded.split(b"/")))
+    if len(encoded) > _LONGEST_PATH_BYTES or longest > _LONGEST_NAME_BYTES:
+        raise DataError(
+            f"image reference {quote(path)} has {len(encoded)} bytes, too long for a file name; encoded "
+            "bytes are written data:image/png;base64,...",
+            reason="image-reference",
+        )
+    if any(ord(each) < 32 or 0xD800 <= ord(each) < 0xE000 for each in path):
+        raise DataError(
+            f"image reference {quote(path)} has a control character or half a surrogate pair; wanted a "
+            "file path",
+            reason="image-reference",
+        )
+    return path
 
 
 def _inline(rest: str) -> bytes:
@@ -174,7 +256,7 @@ def _inline(rest: str) -> bytes:
             return base64.b64decode(body, validate=True)
     except binascii.Error as error:
         raise DataError(f"inline image is not base64: {error}", reason="image-reference") from error
-    raise DataError(f"inline image has encoding {head!r}, wanted base64", reason="image-reference")
+    raise DataError(f"inline image has encoding {quote(head)}, wanted base64", reason="image-reference")
 
 
 def _part_image(part: Mapping[str, Any]) -> object:
@@ -203,7 +285,7 @@ class _Reading:
         role = ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
             raise DataError(
-                f"{self.where}: turn {number} is from {speaker!r}, wanted one of {', '.join(ROLES)}",
+                f"{self.where}: turn {number} is from {quote(speaker)}, wanted one of {', '.join(ROLES)}",
                 reason="turns",
             )
         content = turn.get("value") if turn.get("content") is None else turn["content"]
@@ -234,13 +316,24 @@ class _Reading:
         elif isinstance(part, Mapping) and kind in ("image", "image_url"):
             value = _part_image(part)
             yield self.take(None if value is None else to_reference(value))
+        elif isinstance(kind, str) and kind in OTHER_INPUTS:
+            raise _other_input(f"{self.where}, turn {number}", kind)
         else:
             raise DataError(
-                f"{self.where}: turn {number} has a part of type {kind!r}; wanted text, image or image_url",
+                f"{self.where}: turn {number} has a part of type {quote(kind)}; "
+                "wanted text, image or image_url",
                 reason="turns",
             )
 
     def text(self, text: str) -> Iterator[str | int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{self.where}: text holds half a surrogate pair ({quote(text[error.start])} at character "
+                f"{error.start}); fix or drop the entry",
+                reason="text",
+            ) from error
         pieces = text.split(IMAGE_MARK)
         for place, piece in enumerate(pieces):
             if place:
@@ -264,6 +357,6 @@ class _Reading:
         if self.used != len(self.own):
             raise DataError(
                 f"{self.where}: found {self.used} {IMAGE_MARK} mark(s) for {len(self.own)} image(s); "
-                f"wanted one mark for each image, mend the entry",
+                f"wanted one mark for each image, fix the entry",
                 reason="image-marks",
             )

@@ -119,13 +119,27 @@ def unique_ids(ids: Strings, *, path: str, duplicates: Duplicates) -> Strings:
         place = min(repeats)
         raise DataError(
             f"{path}: id {ids[place]!r} stands at entry {repeats[place][0]} and again at entry {place} "
-            f"({len(repeats)} such entries); ids must be unique: mend them, or write the path as "
+            f"({len(repeats)} such entries); ids must be unique: fix them, or write the path as "
             f"{path}#number to read the later ones as {ids[place]}#2 and so on",
             reason="duplicate-id",
         )
-    numbered = {place: f"{ids[place]}#{nth + 1}" for place, (_, nth) in repeats.items()}
-    renamed = Strings.of(numbered.get(place, name) for place, name in enumerate(ids))
-    return unique_ids(renamed, path=path, duplicates="refuse")
+    return Strings.of(_numbered(ids, repeats))
+
+
+def _numbered(ids: Strings, repeats: dict[int, tuple[int, int]]) -> Iterator[str]:
+    """The ids with the later places of each numbered from 2; numbers that an id has already are left out."""
+    repeated = {ids[place] for place in repeats}
+    taken = {name for name in ids if "#" in name and name.rpartition("#")[0] in repeated}
+    next_number = dict.fromkeys(repeated, 2)
+    for place, name in enumerate(ids):
+        if place not in repeats:
+            yield name
+            continue
+        number = next_number[name]
+        while f"{name}#{number}" in taken:
+            number += 1
+        next_number[name] = number + 1
+        yield f"{name}#{number}"
 
 
 def _repeats(ids: Strings) -> dict[int, tuple[int, int]]:

@@ -28,7 +28,7 @@ class JsonFile(SampleSource):
     """Entries of one JSON file by byte range."""
 
     def __init__(self, path: Path, *, image_root: str | None, duplicates: Duplicates = "refuse") -> None:
-        self._file = path.resolve()
+        self._file = path.absolute()  # a link keeps its own name and directory, as in a hub snapshot
         self.path = str(self._file) + (NUMBER_SUFFIX if duplicates == "number" else "")
         first, index = self._build(duplicates)
         self._index = index
@@ -68,7 +68,7 @@ class JsonFile(SampleSource):
         where = f"{self._file}, entry {index} (id {sample_id}, byte {start})"
         try:
             entry = json.loads(os.pread(self._open(), stop - start, start))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{where}: the file changed since it was opened ({error}); open it again", reason="entry"
             ) from error

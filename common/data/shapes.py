@@ -164,7 +164,7 @@ def materialise(spec: str) -> Path:
     settings, split, directory = parse_shapes(spec)
     if directory is None:
         directory = DEFAULT_ROOT / _directory_name(settings)
-    directory = directory.resolve()
+    directory = directory.absolute()
     _claim(directory, settings)
     path = directory / f"{split}.json"
     if path.exists():

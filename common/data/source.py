@@ -84,5 +84,5 @@ def find_image_root(directory: Path, first: ImageRef | None) -> str:
     if first is not None and first.path is not None:
         relative = Path(first.path)
         if not (directory / relative).exists() and (inside / relative).exists():
-            return str(inside.resolve())
-    return str(directory.resolve())
+            return str(inside.absolute())
+    return str(directory.absolute())

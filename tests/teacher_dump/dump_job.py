@@ -189,6 +189,8 @@ def write_bad_data(directory: Path) -> Path:
     entries[5]["conversations"][0]["value"] = "<image>\n<image>\ntwo marks"
     entries[6]["conversations"][1]["value"] = ""
     entries[8]["conversations"][1]["value"] = "the dog sat on the mat and " * 200
+    entries[10]["conversations"][1]["value"] = "half a pair \ud83d"
+    entries[11]["video"] = "clip.mp4"
     file.write_text(json.dumps(entries))
     return file
 

@@ -213,7 +213,7 @@ def test_an_interrupt_keeps_whole_parts_and_says_how_to_go_on(answers: Callable[
 def test_bad_samples_are_quarantined_with_their_reason(answers: Callable[[str], Any], work: Path):
     answer = answers("bad")
     assert answer["generous"][0] == 0, answer["generous"][1]
-    assert "8 samples quarantined" in answer["generous"][1]
+    assert "10 samples quarantined" in answer["generous"][1]
     reasons = {line["sample_id"]: line["reason"] for line in answer["lines"]}
     assert {name: reasons[name] for name in sorted(reasons)} == {
         "s000": "image-missing",
@@ -224,10 +224,12 @@ def test_bad_samples_are_quarantined_with_their_reason(answers: Callable[[str], 
         "s005": "image-marks",
         "s006": "empty-response",
         "s008": "too-long",
+        "s010": "text",
+        "s011": "video",
     }
     assert all(line["detail"] for line in answer["lines"])
     with CacheReader(str(work / "badly")) as cache:
-        assert len(cache.sample_ids) == NUM_SAMPLES - 8
+        assert len(cache.sample_ids) == NUM_SAMPLES - 10
         record = cache.read_record("s009")
     with CacheReader(str(work / "whole")) as cache:
         wanted = cache.read_record("s009")
@@ -311,10 +313,11 @@ def test_a_dry_run_counts_bad_samples(
     found = json.loads(capsys.readouterr().out)["bad_samples"]
     assert found["checked"] == NUM_SAMPLES
     # An empty, a torn and a wrong file, and a long answer, show only when they are read.
-    assert found["by_reason"] == {"image-missing": 1, "image-marks": 2, "empty-response": 1}
+    wanted = {"image-missing": 1, "image-marks": 2, "empty-response": 1, "text": 1, "video": 1}
+    assert found["by_reason"] == wanted
     assert main(bad) == 0
     said = capsys.readouterr().out
-    assert f"4 bad samples among {NUM_SAMPLES}" in said
+    assert f"6 bad samples among {NUM_SAMPLES}" in said
     assert "2 × image-marks" in said
     assert "nowhere.png" in said
     assert main([*arguments, "--dry-run"]) == 0

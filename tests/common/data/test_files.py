@@ -165,8 +165,28 @@ def test_numbering_makes_ids_unique_and_keeps_firsts(names):
 
 
 def test_numbering_never_takes_a_name_that_is_there():
-    with pytest.raises(DataError, match="a#2"):
-        unique_ids(Strings.of(["a", "a", "a#2"]), path="x", duplicates="number")
+    found = unique_ids(Strings.of(["a", "a", "a#2", "a", "a#2", "a#2#2"]), path="x", duplicates="number")
+    assert list(found) == ["a", "a#3", "a#2", "a#4", "a#2#3", "a#2#2"]
+
+
+def test_a_linked_file_keeps_its_name_and_directory(tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    snapshot.mkdir()
+    (blobs / "0123").write_text(json.dumps([entry("a")]))
+    (snapshot / "a.png").write_bytes(b"x")
+    (snapshot / "train.json").symlink_to(blobs / "0123")
+    source = open_source(str(snapshot / "train.json"))
+    assert source.path == str(snapshot / "train.json")
+    assert source.image_root == str(snapshot)
+    assert open_source(source.path)[0].images[0].path == "a.png"
+
+
+def test_an_image_root_holds_in_every_directory(tmp_path, monkeypatch):
+    (tmp_path / "imgs").mkdir()
+    (tmp_path / "train.json").write_text(json.dumps([entry("a")]))
+    monkeypatch.chdir(tmp_path)
+    assert open_source("train.json", image_root="imgs").image_root == str(tmp_path / "imgs")
 
 
 def test_broken_lines_name_line_and_byte(tmp_path):

@@ -84,6 +84,80 @@ def test_repeated_ids(tmp_path):
     assert list(open_source(path + "#number").sample_ids()) == ["3", "3#2"]
 
 
+@pytest.mark.parametrize("lists", [datasets.List, datasets.LargeList])
+def test_images_in_any_column_come_untouched(tmp_path, lists):
+    image = {"bytes": FILES[0], "path": None}
+    part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
+    turns = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "text": None, "image": image},
+                {"type": "text", "text": "What?", "image": None},
+            ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat.", "image": None}]},
+    ]
+    messages = lists({"role": datasets.Value("string"), "content": lists(part)})
+    nested = open_source(saved(tmp_path, {"messages": [turns]}, {"messages": messages}))
+    assert image_bytes(nested[0].images[0]) == FILES[0]
+    listed = saved(
+        tmp_path / "listed",
+        {"messages": MESSAGES[:1], "images": [[image]]},
+        {"messages": lists(TURN), "images": lists(datasets.Image())},
+    )
+    assert image_bytes(open_source(listed)[0].images[0]) == FILES[0]
+
+
+def test_a_column_that_nobody_sees_is_refused_row_by_row(tmp_path):
+    clips = [{"bytes": b"clip", "path": None}, None]
+    path = saved(
+        tmp_path,
+        {"messages": [[{"role": "user", "content": "<video>?"}, {"role": "assistant", "content": "x"}]] * 2}
+        | {"video": clips},
+        {"messages": datasets.List(TURN), "video": datasets.Video()},
+    )
+    source = open_source(path)
+    with pytest.raises(DataError, match="video") as caught:
+        source[0]
+    assert caught.value.reason == "video"
+    assert source[1].images == ()
+
+
+def test_parquet_files_and_directories(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    place = tmp_path / "rows"
+    place.mkdir()
+    for number, (turns, file) in enumerate(zip(MESSAGES, FILES, strict=True)):
+        row = {"id": [f"s{number}"], "messages": [turns], "images": [[{"bytes": file, "path": None}]]}
+        features = {"id": datasets.Value("string"), "messages": datasets.List(TURN)}
+        features["images"] = datasets.List(datasets.Image())
+        rows = datasets.Dataset.from_dict(row, features=datasets.Features(features))
+        rows.to_parquet(place / f"part-{number}.parquet")
+    for path, ids in ((place, ["s0", "s1"]), (place / "part-1.parquet", ["s1"])):
+        source = open_source(str(path))
+        assert list(source.sample_ids()) == ids
+        assert [image_bytes(sample.images[0]) for sample in source] == FILES[-len(ids) :]
+        assert source.path == str(path)
+    (place / "part-2.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ConfigError, match="cannot be read as Parquet"):
+        open_source(str(place))
+
+
+def test_a_configuration_is_named_behind_the_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    place = tmp_path / "owner" / "name"
+    place.mkdir(parents=True)
+    for configuration, turns in zip(("first", "second"), MESSAGES, strict=True):
+        (place / f"{configuration}.jsonl").write_text(json.dumps({"messages": turns, "images": ["a.png"]}))
+    table = "".join(f"- config_name: {each}\n  data_files: {each}.jsonl\n" for each in ("first", "second"))
+    (place / "README.md").write_text(f"---\nconfigs:\n{table}---\n")
+    assert open_source("hf:owner/name/second")[0].turns[0].parts == (0, "Where?")
+    with pytest.raises(ConfigError, match="first"):
+        open_source("hf:owner/name")
+
+
 def test_splits(tmp_path):
     rows = datasets.Dataset.from_dict({"messages": MESSAGES, "images": [["a"], ["b"]]})
     datasets.DatasetDict(train=rows, test=rows.select([0])).save_to_disk(tmp_path / "both")
@@ -102,7 +176,7 @@ def test_wrong_directories_and_columns(tmp_path):
         open_source(str(tmp_path / "plain"))
 
 
-@pytest.mark.parametrize("name", ["hf:", "hf:owner", "hf:a/b/c", "hf:/b"])
+@pytest.mark.parametrize("name", ["hf:", "hf:owner", "hf:a/b/c/d", "hf:a/b/", "hf:/b"])
 def test_malformed_hub_names(name):
     with pytest.raises(ConfigError, match="owner/name"):
         open_source(name)
