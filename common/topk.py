@@ -66,7 +66,7 @@ def sparse_rows(
         raise ValueError(f"topk is {topk}, the vocabulary has {logits.shape[-1]} rows")
     if temperatures[0] != 1.0:
         raise ValueError(f"temperatures start with {temperatures[0]}, wanted 1.0")
-    size = max(1, len(logits) if logits.is_cuda else _CACHED_LOGITS // logits.shape[-1])
+    size = _rows_per_pass(logits, draws=uniforms is not None)
     starts = range(0, max(1, len(logits)), size)
     rows = join_rows(
         _sparse_rows(
@@ -78,6 +78,14 @@ def sparse_rows(
         for start in starts
     )
     return rows if mass is None else _until_mass(rows, mass, temperatures)
+
+
+def _rows_per_pass(logits: Tensor, *, draws: bool) -> int:
+    if logits.is_cuda:
+        return len(logits)
+    # A sum's rounding depends on how many rows it runs over, and a draw at the edge of two ids on the sum:
+    # one row at a time, what is drawn does not depend on what was computed beside it.
+    return 1 if draws else max(1, _CACHED_LOGITS // logits.shape[-1])
 
 
 def _sparse_rows(
