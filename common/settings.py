@@ -11,7 +11,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
@@ -57,7 +57,7 @@ def load_settings(
     )
     source = _flags(model, parser)
     arguments = parser.parse_args(list(argv))
-    flags: dict[str, Any] = dict(source(parsed_args=arguments)())
+    flags = _values(model, source, arguments)
     table = read_table(arguments.config, section or prog)
     _refuse_unknown(model, table, arguments.config or DEFAULT_FILE, section or prog)
     return _validate(model, {**table, **flags}, prog)
@@ -88,6 +88,18 @@ def read_table(path: str | None, section: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise ConfigError(f"{file}: [{section}] is a {type(table).__name__}, wanted a table of settings")
     return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def _values(
+    model: type[BaseModel], source: CliSettingsSource[Any], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Values of the flags that were given, by field."""
+    # The library would split what a flag got at commas and take quotes off: a path is what the shell passed.
+    tuples = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is tuple}
+    given = vars(arguments)
+    lists = {name: tuple(values) for name, values in given.items() if name in tuples and values is not None}
+    others = {name: value for name, value in given.items() if name not in lists}
+    return {**source(parsed_args=argparse.Namespace(**others))(), **lists}
 
 
 def _flags(model: type[BaseModel], parser: argparse.ArgumentParser) -> CliSettingsSource[Any]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from common.console import escape_unprintable
 from common.errors import CascacheError, tell_os_error
 from common.settings import load_settings
 from student_train.config import EvalConfig, TrainConfig
@@ -28,6 +29,7 @@ _EPILOG = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 0, or 2 after an error that says what to do."""
+    escape_unprintable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["eval"]:

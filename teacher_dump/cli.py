@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from common.console import escape_unprintable
 from common.errors import CascacheError, tell_os_error
 from common.settings import load_settings
 from teacher_dump.config import AuditConfig, DumpConfig
@@ -25,6 +26,7 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
+    escape_unprintable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["verify"]:

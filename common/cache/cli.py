@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from common.cache import cli_inspect, cli_look, cli_size, cli_transfer, cli_trust
 from common.cache.commands import EPILOG
+from common.console import escape_unprintable
 from common.errors import CascacheError, tell_os_error
 
 GROUPS = (cli_inspect, cli_look, cli_size, cli_transfer, cli_trust)
@@ -30,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    escape_unprintable()
     arguments = build_parser().parse_args(argv)
     try:
         code, answer = arguments.run(arguments)

@@ -15,13 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from common.errors import ConfigError
+from common.units import parse_bytes
+
 log = logging.getLogger(__name__)
 
 COPY_VARIABLE: Final = "CASCACHE_COPY"
 """Environment variable: directory of the local copy; empty turns it off."""
 
 COPY_BYTES_VARIABLE: Final = "CASCACHE_COPY_BYTES"
-"""Environment variable: bytes the local copy may take."""
+"""Environment variable: bytes the local copy may take, with or without a unit (20GB)."""
 
 DEFAULT_COPY_BYTES: Final = 20 << 30
 
@@ -97,10 +100,35 @@ class LocalCopy:
 
 
 def default_copy() -> LocalCopy | None:
-    """The local copy that the environment asks for; by default below the user's cache directory."""
-    base = os.environ.get(COPY_VARIABLE, str(Path.home() / ".cache" / "cascache" / "objects"))
-    max_bytes = int(os.environ.get(COPY_BYTES_VARIABLE, DEFAULT_COPY_BYTES))
-    return LocalCopy(Path(base), max_bytes) if base and max_bytes > 0 else None
+    """The local copy that the environment asks for; by default below the user's cache directory.
+
+    None where it is turned off, and where the default one cannot be made: nothing depends on it.
+
+    Raises:
+        ConfigError: The environment names a directory that cannot be made, or bytes that are no size.
+    """
+    given = os.environ.get(COPY_VARIABLE)
+    max_bytes = parse_bytes(
+        os.environ.get(COPY_BYTES_VARIABLE, str(DEFAULT_COPY_BYTES)), name=COPY_BYTES_VARIABLE
+    )
+    if given == "" or max_bytes <= 0:
+        return None
+    try:
+        return LocalCopy(Path(given) if given else _default_directory(), max_bytes)
+    except (OSError, RuntimeError) as error:
+        if given:
+            raise ConfigError(
+                f"{COPY_VARIABLE} is {given!r}, which cannot be used ({error}); name a directory that can be "
+                "written, or set it empty for no local copy"
+            ) from error
+        log.warning("no local copy of what is fetched: %s; %s can name a place", error, COPY_VARIABLE)
+        return None
+
+
+def _default_directory() -> Path:
+    """Below the user's cache directory; a user without a home raises RuntimeError."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "cascache" / "objects"
 
 
 class Ranged(Protocol):

@@ -14,7 +14,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
 
 from common.cache.local_copy import LocalCopy, ObjectBlob
 from common.cache.store import COPY_BYTES, MAX_WHOLE_BYTES, Blob, scratch_directory
-from common.errors import CacheError
+from common.errors import CacheError, ConfigError
 
 UPLOAD_THREADS: Final = 16
 """Files of a part uploaded side by side."""
@@ -40,7 +40,13 @@ class ObjectStore:
 
     def __init__(self, url: str, *, copy: LocalCopy | None = None, **options: Any) -> None:
         self.name = url
-        self._store = obstore.store.from_url(url, **options)
+        try:
+            self._store = obstore.store.from_url(url, **options)
+        except BaseError as error:
+            first = str(error).strip().splitlines()[0][:300]
+            raise ConfigError(
+                f"{url} names no object store: {first}; wanted s3://, gs://, az:// or https://"
+            ) from error
         self._copy = copy
         self._working: Path | None = None
 

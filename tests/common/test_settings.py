@@ -102,3 +102,14 @@ def test_help_shows_docstrings_and_defaults(capsys):
     assert "Tokens kept." in text
     assert "--max-len N" in text
     assert "64" in text
+
+
+@pytest.mark.parametrize(
+    "given", ["a,b/l1", '"quoted"/l1', "it's", "[x]", "{}", "a b", "", "null", 'x={"a": 1, "b": [2, 3]}']
+)
+def test_a_list_flag_takes_what_the_shell_passed(given):
+    class Paths(Frozen):
+        cache: tuple[str, ...] = ()
+        """Paths."""
+
+    assert load_settings(Paths, ["--cache", given, "--cache", "other"], prog="x").cache == (given, "other")

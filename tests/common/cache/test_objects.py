@@ -8,13 +8,15 @@ import pytest
 obstore = pytest.importorskip("obstore")
 moto_server = pytest.importorskip("moto.server")
 
+from common.cache.local_copy import default_copy  # noqa: E402
 from common.cache.objects import LocalCopy, ObjectStore  # noqa: E402
+from common.cache.places import open_store  # noqa: E402
 from common.cache.reader import CacheReader  # noqa: E402
 from common.cache.seals import read_seal  # noqa: E402
 from common.cache.transfer import transfer  # noqa: E402
 from common.cache.verify import repair, verify  # noqa: E402
 from common.cache.writer import CacheWriter  # noqa: E402
-from common.errors import CacheError, MismatchError, PartCorrupt  # noqa: E402
+from common.errors import CacheError, ConfigError, MismatchError, PartCorrupt  # noqa: E402
 from tests.common.cache.records import assert_same_record, make_manifest, make_records  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -218,3 +220,60 @@ def test_a_new_index_is_not_hidden_by_copies_of_the_old_one(bucket):
     cache.write_part(1, fresh, first_sample=3, num_samples=3)
     cache.finalize()
     assert sorted(CacheReader(path).sample_ids)[:3] == ["sample-0", "sample-1", "sample-100"]
+
+
+@pytest.mark.parametrize("name", ["a?b", "a#b", "a//b", "/a", "a/../b"])
+def test_a_name_that_leads_elsewhere_is_refused(bucket, name):
+    with pytest.raises(ConfigError, match=r"s3://caches/"):
+        open_store(f"{bucket}/{name}")
+
+
+def test_a_password_in_an_address_is_not_printed():
+    with pytest.raises(ConfigError, match=r"^https://host/x\?y") as caught:
+        open_store("https://user:secret@host/x?y")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"AWS_ENDPOINT_URL": "127.0.0.1:9"}, "with its scheme"),
+        ({"AWS_ENDPOINT": "host"}, "https://host"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "AWS_ALLOW_HTTP=true"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_asked_is_named(monkeypatch, variables, says):
+    for variable in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AWS_ALLOW_HTTP"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=says):
+        open_store("s3://caches/l1")
+
+
+@pytest.mark.parametrize("url", ["nope://bucket/l1", "s3://"])
+def test_an_unknown_address_says_which_there_are(url):
+    with pytest.raises(ConfigError, match="s3://, gs://"):
+        open_store(url)
+
+
+def test_without_a_place_for_the_local_copy_nothing_is_copied(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("CASCACHE_COPY")
+    blocked = tmp_path / "file"
+    blocked.write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert default_copy() is None
+    assert "no local copy" in caplog.text
+    monkeypatch.setenv("CASCACHE_COPY", str(blocked / "x"))
+    with pytest.raises(ConfigError, match="CASCACHE_COPY"):
+        default_copy()
+    monkeypatch.setenv("CASCACHE_COPY", str(tmp_path / "copy"))
+    monkeypatch.setenv("CASCACHE_COPY_BYTES", "2GB")
+    assert default_copy().max_bytes == 2 * 10**9
+
+
+def test_a_user_without_a_home_reads_all_the_same(monkeypatch):
+    for variable in ("CASCACHE_COPY", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000)
+    assert default_copy() is None
