@@ -1,11 +1,14 @@
 """Samples that have no record: written down with their reason, and limited in number."""
 
 import json
+import logging
 from pathlib import Path
 
 from common.errors import DataError
 from schemas.manifest import PartSeal, Quarantined
 from teacher_dump.config import DumpConfig
+
+log = logging.getLogger(__name__)
 
 
 class QuarantineLog:
@@ -21,7 +24,12 @@ class QuarantineLog:
         self._allowed = config.max_quarantine * num_samples
         self._share, self._num_samples = config.max_quarantine, num_samples
         self._pending = 0
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.unlink(missing_ok=True)
+            self._lost = False
+        except OSError as error:  # a finished level may lie on a mount that cannot be written
+            log.warning("%s cannot be written (%s); the seals hold the same", self.path, error)
+            self._lost = True
         for seal in sealed:
             self.add(seal)
 
@@ -48,7 +56,7 @@ class QuarantineLog:
         """Write down a sealed part's samples."""
         self.count += len(seal.quarantined)
         self._pending = max(self._pending, self.count)
-        if seal.quarantined:
+        if seal.quarantined and not self._lost:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(
                     json.dumps({"part": seal.part, **each.model_dump()}) + "\n" for each in seal.quarantined

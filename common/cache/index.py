@@ -10,6 +10,7 @@ It repeats what the parts hold; deleting it loses nothing. Parts sealed after it
 from their own tables.
 """
 
+import errno
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from common.cache import layout
 from common.cache.hashing import file_fault, hash_files
 from common.cache.part import write_shard
 from common.cache.shard import SHARD_NAME, ShardReader, coding_for
-from common.cache.store import Store, make_working, sync_directory, write_synced
+from common.cache.store import Store, make_working, scratch_directory, sync_directory, write_synced
 from common.errors import CacheError, PartCorrupt
 from schemas.arrays import ArraySpec
 from schemas.manifest import FileSeal, Manifest
@@ -117,7 +118,7 @@ def write_index(store: Store, manifest: Manifest, index: Index) -> None:
     file, the others remove what they wrote.
     """
     name = layout.new_directory(0)
-    working = make_working(store, name)
+    working = _working(store, name)
     try:
         attributes = _write_arrays(working, index, layout.identity_sha256(manifest))
         before = _pointer(store)
@@ -134,6 +135,16 @@ def write_index(store: Store, manifest: Manifest, index: Index) -> None:
     finally:
         shutil.rmtree(working, ignore_errors=True)
         store.tidy()
+
+
+def _working(store: Store, name: str) -> Path:
+    """Where to prepare an index; on a cache that cannot be written, elsewhere: it may be complete already."""
+    try:
+        return make_working(store, name)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return scratch_directory()
 
 
 def _write_arrays(working: Path, index: Index, identity: str) -> dict[str, object]:

@@ -17,6 +17,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
+from common.cache.leases import is_left, lease
 from common.errors import CacheError
 
 MAX_WHOLE_BYTES: Final = 64 << 20
@@ -97,7 +98,7 @@ class Store(Protocol):
         """A local directory to prepare parts in."""
 
     def tidy(self) -> None:
-        """Let go of the working directory, if nobody works in it."""
+        """Remove what dead processes left in the working directory, and it too if nobody works in it."""
 
 
 _MKDIR_ATTEMPTS: Final = 50
@@ -231,7 +232,7 @@ class LocalStore:
     def _write_new(self, data: bytes) -> Path:
         """A new, synced file; again, when another process tidied the directory away meanwhile."""
         while True:
-            path = self.working() / f"new-{os.urandom(8).hex()}"
+            path = self.working() / f"new-{os.urandom(8).hex()}{lease()}"
             with suppress(FileNotFoundError):
                 write_synced(path, data)
                 return path
@@ -258,9 +259,13 @@ class LocalStore:
         return directory
 
     def tidy(self) -> None:
-        """Remove `.writing/`, if it is empty: stock Zarr would wonder at it."""
+        """Remove what dead processes left in `.writing/`, and it too if it is empty: Zarr warns about it."""
         with suppress(OSError):
-            self._real_path(".writing").rmdir()
+            directory = self._real_path(".writing")
+            for path in directory.iterdir():
+                if is_left(path):
+                    self.remove(f".writing/{path.name}")
+            directory.rmdir()
 
 
 def _make(directory: Path) -> None:
@@ -280,7 +285,7 @@ def _make(directory: Path) -> None:
 def make_working(store: Store, name: str) -> Path:
     """A new directory to prepare something in; again, when another process tidied its parent away."""
     while True:
-        directory = store.working() / name
+        directory = store.working() / f"{name}{lease()}"
         with suppress(FileNotFoundError):
             directory.mkdir()
             return directory

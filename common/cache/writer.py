@@ -78,6 +78,7 @@ class CacheWriter:
             raise MismatchError(
                 f"{path} was dumped with other settings:\n  {listing}\nuse the same, or another --out"
             )
+        store.tidy()
         return cls(store, found, block_rows=block_rows)
 
     @property

@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
+import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from common.cache import layout
 from common.cache.reader import CacheReader
 from common.cache.seals import read_manifest, read_seal, sealed_parts
 from common.cache.shard import MAX_CHUNK_VALUES, Coding, encode_chunk
-from common.cache.store import LocalStore
+from common.cache.store import LocalStore, make_working
 from common.cache.verify import repair, verify
 from common.cache.writer import CacheWriter, group_blocks
 from common.errors import CacheError, DataError, MismatchError, PartMissing
@@ -300,3 +302,52 @@ def test_a_sample_too_large_for_any_block_is_named():
 def test_a_codec_that_refuses_is_an_error_of_ours():
     with pytest.raises(DataError, match="pcodec refuses"):
         encode_chunk(np.zeros(5, np.int32), MAX_CHUNK_VALUES + 6, 5, Coding("pcodec", 1))
+
+
+def test_what_dead_writers_left_is_gone_after_the_resume(tmp_path):
+    path, manifest = tmp_path / "l1", make_manifest()
+    process = multiprocessing.get_context("fork").Process(
+        target=crash_before, args=(str(path), manifest, "add")
+    )
+    process.start()
+    process.join()
+    left = [each.name for each in (path / ".writing").iterdir()]
+    assert len(left) == 1
+    another_host = path / ".writing" / "00001-aa~00000000-1-1"
+    another_host.mkdir()
+    a_pull = path / ".writing" / "00001-bb"
+    a_pull.mkdir()
+    mine = make_working(LocalStore(path), "00001-cc")
+    cache = CacheWriter.open(str(path), manifest)
+    assert {each.name for each in (path / ".writing").iterdir()} == {
+        another_host.name,
+        a_pull.name,
+        mine.name,
+    }
+    os.utime(another_host, (0, 0))
+    a_pull.rmdir()
+    mine.rmdir()
+    write(cache, 0)
+    write(cache, 1)
+    cache.finalize()
+    assert not (path / ".writing").exists()
+
+
+def test_a_complete_level_needs_no_writing(tmp_path):
+    path, manifest = tmp_path / "disk" / "l1", make_manifest()
+    path.parent.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(path.parent)], check=False).returncode:
+        pytest.skip("this user may not mount")
+    try:
+        cache = CacheWriter.open(str(path), manifest)
+        write(cache, 0)
+        write(cache, 1)
+        cache.finalize()
+        subprocess.run(["mount", "-o", "remount,ro", str(path.parent)], check=True)
+        again = CacheWriter.open(str(path), manifest)
+        assert again.sealed == {0, 1}
+        again.finalize()
+        with CacheReader(str(path)) as reader:
+            assert reader.num_samples == 6
+    finally:
+        subprocess.run(["umount", str(path.parent)], check=True)

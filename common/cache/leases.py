@@ -1,0 +1,57 @@
+"""Whose an unfinished file in `.writing/` is: its name ends in who made it.
+
+    00012-9f31c2~4be1a0c7-3121-88231        host, process, and when that process started
+
+What a dead process left is removed by the next one that works on the cache. A process of this host is dead
+when it is gone; of another host nobody can tell, so its files count as left after a day.
+"""
+
+import hashlib
+import os
+import platform
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+FOREIGN_SECONDS: Final = 24 * 3600
+"""How old the files of another host's process are before they count as left."""
+
+_MARK: Final = "~"
+
+
+def lease() -> str:
+    """The ending of a name that this process makes."""
+    return f"{_MARK}{_host()}-{os.getpid()}-{_started(os.getpid())}"
+
+
+def is_left(path: Path) -> bool:
+    """Whether a file or directory was left by a process that is gone; never one whose name says no maker."""
+    fields = path.name.rpartition(_MARK)[2].split("-") if _MARK in path.name else []
+    if len(fields) != 3 or not fields[1].isdigit():
+        return False
+    host, process, started = fields
+    if host == _host():
+        return _started(int(process)) != started
+    with suppress(OSError):
+        return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
+    return False
+
+
+def _host() -> str:
+    return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
+
+
+def _started(process: int) -> str:
+    """When a process of this host started, in the kernel's own count; empty where it is gone."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass
+    return "0"
