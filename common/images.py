@@ -8,6 +8,8 @@ Sizes are checked before pixels are decoded, so a small file cannot claim all me
 
 import hashlib
 import io
+import os
+import stat
 import struct
 import zlib
 from pathlib import Path
@@ -25,6 +27,9 @@ MAX_PIXELS = 89_000_000
 """Largest width × height decoded; just under the size at which Pillow itself starts to warn."""
 MAX_BYTES = 512 * 2**20
 """Largest encoded file read."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Formats decoded, told by content. Pillow knows forty more, some of which start other programs."""
 
 # What Pillow's decoders raise on damaged files besides their own errors.
 _DAMAGED = (
@@ -66,24 +71,33 @@ def image_bytes(ref: ImageRef, root: str | Path | None = None) -> bytes:
         encoded = ref.data or b""
     else:
         try:
-            size_bytes = path.stat().st_size
-            if size_bytes <= MAX_BYTES:
-                encoded = path.read_bytes()
+            encoded = _read_regular(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DataError(
-                f"image {path} does not exist; mend the data or point --image-root at the images",
+                f"image {path} does not exist; fix the data or point --image-root at the images",
                 reason="image-missing",
             ) from error
+        except DataError:
+            raise
         except (OSError, ValueError) as error:
             raise _unreadable(where, str(error)) from error
-        if size_bytes > MAX_BYTES:
-            raise DataError(
-                f"image {path} has {size_bytes} bytes, at most {MAX_BYTES} are read; shrink it",
-                reason="image-too-large",
-            )
     if not encoded:
         raise _unreadable(where, "found 0 bytes")
     return encoded
+
+
+def _read_regular(path: Path) -> bytes:
+    """A file's bytes; a device would never end, and a pipe would wait for a writer."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise _unreadable(str(path), "it is not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise DataError(
+                f"image {path} has {status.st_size} bytes, at most {MAX_BYTES} are read; shrink it",
+                reason="image-too-large",
+            )
+        return file.read(MAX_BYTES + 1)
 
 
 def image_sha256(ref: ImageRef, root: str | Path | None = None) -> str:
@@ -113,13 +127,13 @@ def decode_image(encoded: bytes, *, where: str) -> "Image":
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise _too_large(where, f"{image.width}×{image.height} pixels")
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise _unreadable(where, f"{len(encoded)} bytes that are no image Pillow knows") from error
+        raise _unreadable(where, f"{len(encoded)} bytes in none of the formats that are decoded") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(where, str(error)) from error
     except DataError:
@@ -130,7 +144,7 @@ def decode_image(encoded: bytes, *, where: str) -> "Image":
 
 def _unreadable(where: str, found: str) -> DataError:
     return DataError(
-        f"image {where} cannot be read: {found}; wanted a PNG, JPEG or other image file, replace it",
+        f"image {where} cannot be read: {found}; wanted {', '.join(FORMATS)}, replace it",
         reason="image-unreadable",
     )
 

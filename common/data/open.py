@@ -50,6 +50,17 @@ def open_source(path: str, *, image_root: str | None = None) -> SampleSource:
     return _open_local(Path(name).expanduser(), image_root=image_root, duplicates=duplicates)
 
 
+def recorded_path(path: str | None) -> str | None:
+    """The path that a cache says its data is at, if looking there neither makes nor fetches anything.
+
+    A cache of somebody else's may name data that would be rendered, downloaded or cached on first use; only
+    a file or directory that is already here is followed. None for everything else: `--data` names it then.
+    """
+    if path is None or path == "shapes" or path.startswith(("shapes:", "hf:")) or "://" in path:
+        return None
+    return path if Path(path.removesuffix(NUMBER_SUFFIX)).exists() else None
+
+
 def _open_local(path: Path, *, image_root: str | None, duplicates: Duplicates) -> SampleSource:
     if not path.exists():
         raise ConfigError(f"data {path} does not exist; wanted {_KNOWN}")

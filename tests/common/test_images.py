@@ -1,4 +1,5 @@
 import io
+import os
 import random
 from pathlib import Path
 
@@ -176,3 +177,32 @@ def test_missing_images_are_named(tmp_path):
     with pytest.raises(DataError) as caught:
         images.read_image(ImageRef(path="nul\0.png"), tmp_path)
     assert caught.value.reason == "image-unreadable"
+
+
+OTHER_FORMATS = ["EPS", "ICO", "PCX", "TGA", "PPM", "SGI", "PDF", "ICNS", "JPEG2000", "DDS", "XBM"]
+
+
+@pytest.mark.parametrize("form", OTHER_FORMATS)
+def test_only_listed_formats_are_decoded_whatever_the_name(form, tmp_path):
+    picture = NOISE.convert("1") if form == "XBM" else NOISE
+    content = encoded(picture, form)
+    with pytest.raises(DataError, match="wanted PNG, JPEG, WEBP, GIF, BMP, TIFF") as caught:
+        read(content)
+    assert caught.value.reason == "image-unreadable"
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.png"):
+        images.read_image(ImageRef(path="a.png"), tmp_path)
+
+
+@pytest.mark.parametrize("form", images.FORMATS)
+def test_every_listed_format_is_decoded(form):
+    assert read(encoded(NOISE, form)).size == NOISE.size
+
+
+def test_devices_and_pipes_are_refused_without_being_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name in ("/dev/zero", "/dev/stdin", str(tmp_path / "pipe"), str(tmp_path / "link"), str(tmp_path)):
+        with pytest.raises(DataError, match=r"regular file|directory") as caught:
+            images.image_bytes(ImageRef(path=name))
+        assert caught.value.reason == "image-unreadable"

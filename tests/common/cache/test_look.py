@@ -22,7 +22,7 @@ from common.cache.writer import CacheWriter
 from common.data.open import open_source
 from common.data.shapes import write_shapes
 from common.models import TINY
-from schemas.manifest import Quarantined
+from schemas.manifest import DataSource, Quarantined
 from tests.common.cache.records import make_manifest, make_records, topk_of
 
 
@@ -279,3 +279,13 @@ def test_terminal_pictures():
 @pytest.mark.parametrize(("count", "wanted", "chosen"), [(0, 3, []), (3, 9, [0, 1, 2]), (10, 2, [0, 9])])
 def test_samples_are_spread(count, wanted, chosen):
     assert spread(count, wanted) == chosen
+
+
+@pytest.mark.parametrize("named", ["shapes:train=3,dir=made", "hf:no-such-owner/no-such-name"])
+def test_looking_neither_makes_nor_fetches_what_a_cache_names(tmp_path, records, capsys, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "l1", records, data_source=DataSource(path=named))
+    name = records[0].sample_id
+    for command in (["show", path, name], ["report", path, "--out", "page.html"], ["info", path]):
+        assert run(capsys, *command)[0] == 0, command
+    assert {each.name for each in tmp_path.iterdir()} == {"l1", "page.html"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from common.data import json_file
 from common.data.index import Strings, unique_ids
 from common.data.llava_json import scan_array
-from common.data.open import open_source
+from common.data.open import open_source, recorded_path
 from common.data.source import SampleSource
 from common.errors import ConfigError, DataError
 from schemas.sample import ImageRef
@@ -274,3 +274,16 @@ def test_large_files_show_progress_and_stay_compact(tmp_path, monkeypatch, capsy
     source = open_source(llava_file(tmp_path, [entry(f"{i:012d}") for i in range(2000)]))
     assert "index data.json" in capsys.readouterr().err
     assert len(pickle.dumps(source)) < 2000 * 60
+
+
+@pytest.mark.parametrize(
+    "path", [None, "shapes", "shapes:train=9", "hf:owner/name", "s3://bucket/x.json", "gone.json"]
+)
+def test_what_a_cache_names_is_followed_only_if_it_is_a_file_here(path):
+    assert recorded_path(path) is None
+
+
+def test_a_file_that_a_cache_names_is_followed(tmp_path):
+    path = llava_file(tmp_path, [entry("a")])
+    assert recorded_path(path) == path
+    assert recorded_path(path + "#number") == path + "#number"
