@@ -12,6 +12,7 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ MAX_BYTES = 512 * 2**20
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats decoded, told by content. Pillow knows forty more, some of which start other programs."""
+
+_STRIP_PIXELS = 1 << 20
 
 # What Pillow's decoders raise on damaged files besides their own errors.
 _DAMAGED = (
@@ -161,8 +164,34 @@ def _to_rgb(image: "Image") -> "Image":
 
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
+    # A few rows at a time: whole, the steps between would take ten times the memory of the picture itself.
+    top, result = _white_level(image), Image.new("RGB", image.size)
+    for first, strip in _strips(image):
+        result.paste(_strip_to_rgb(strip, top), (0, first))
+    return result
+
+
+def _strips(image: "Image") -> "Iterator[tuple[int, Image]]":
+    """Rows of an image, `_STRIP_PIXELS` at a time, each with the number of its first row."""
+    rows = max(1, _STRIP_PIXELS // max(1, image.width))
+    for first in range(0, image.height, rows):
+        yield first, image.crop((0, first, image.width, min(first + rows, image.height)))
+
+
+def _white_level(image: "Image") -> float:
+    """The grey that becomes 255: 65535 for integers; for floats 1 when none exceeds it, else 255."""
+    if image.mode != "F":
+        return 65535.0
+    largest = max(np.nan_to_num(np.asarray(strip)).max(initial=0.0) for _, strip in _strips(image))
+    return 1.0 if largest <= 1 else 255.0
+
+
+def _strip_to_rgb(image: "Image", top: float) -> "Image":
+    from PIL import Image
+
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bits(np.asarray(image), image.mode)).convert("RGB")
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
+        return Image.fromarray(np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)).convert("RGB")
     if image.mode == "LAB":
         return _lab_to_rgb(image)
     if image.has_transparency_data:
@@ -170,15 +199,6 @@ def _to_rgb(image: "Image") -> "Image":
         white = Image.new("RGBA", over.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, over).convert("RGB")
     return image.convert("RGB")
-
-
-def _to_8_bits(
-    grey: "np.ndarray[tuple[int, ...], np.dtype[np.generic]]", mode: str
-) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-    """[H, W] uint8: integer modes span 0 to 65535; floats 0 to 1 when none exceeds 1, else 0 to 255."""
-    values = np.nan_to_num(grey.astype(np.float64))
-    top = 65535.0 if mode.startswith("I") else 1.0 if values.max(initial=0.0) <= 1 else 255.0
-    return np.rint(np.clip(values / top, 0, 1) * 255).astype(np.uint8)
 
 
 def _lab_to_rgb(image: "Image") -> "Image":

@@ -1,6 +1,8 @@
 import io
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from PIL import Image
 from common import images
 from common.errors import DataError
 from schemas.sample import ImageRef
+from tests.test_house import ROOT
 
 
 def encoded(image, form="PNG", **options):
@@ -206,3 +209,20 @@ def test_devices_and_pipes_are_refused_without_being_read(tmp_path):
         with pytest.raises(DataError, match=r"regular file|directory") as caught:
             images.image_bytes(ImageRef(path=name))
         assert caught.value.reason == "image-unreadable"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
+def test_a_picture_takes_little_more_memory_than_its_pixels(tmp_path, mode):
+    side = int(images.MAX_PIXELS**0.5)
+    Image.new(mode, (side, side)).save(tmp_path / "large", "PNG")
+    assert (tmp_path / "large").stat().st_size < 1 << 20
+    code = (
+        "import resource; from common import images; from schemas.sample import ImageRef\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"picture = images.read_image(ImageRef(path={str(tmp_path / 'large')!r}))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, picture.width * picture.height)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    taken_kib, pixels = map(int, done.stdout.split())
+    assert taken_kib * 1024 < 14 * pixels

@@ -1,6 +1,5 @@
 """JSON of a hostile cache costs time in proportion to its bytes, whatever they are."""
 
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
