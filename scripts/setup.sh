@@ -38,7 +38,7 @@ if ! pip install --quiet "$torch+cpu" 2>/dev/null; then
     say "pip knows no place with the CPU build of torch; asking PyTorch's index through uv"
     pip install --quiet uv
     if ! uv install --python .venv/bin/python --torch-backend cpu "$torch"; then
-        say "PyTorch's index cannot be reached; installing PyPI's build of torch, for CUDA: about 5 GB more"
+        say "PyTorch's index cannot be reached; installing PyPI's build of torch, for CUDA: 6.5 GB in all"
         uv install --python .venv/bin/python "$torch"
     fi
 fi
