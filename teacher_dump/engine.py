@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from common.chat import Prompt
 from common.errors import ConfigError, EngineError, EngineStopped
+from common.tested_versions import TESTED_VLLM
 from teacher_dump.request import (
     EXTRA_ARG,
     ROWS_MISSING,
@@ -39,7 +40,6 @@ from teacher_dump.request import (
     CaptureSettings,
     pixel_identity,
 )
-from teacher_dump.seams import TESTED_VLLM
 
 if TYPE_CHECKING:
     from PIL.Image import Image
