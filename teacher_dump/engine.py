@@ -81,7 +81,6 @@ _HARMLESS_ARGUMENTS = frozenset(
         "max_num_batched_tokens",
         "max_parallel_loading_workers",
         "mm_processor_cache_gb",
-        "swap_space",
     }
 )
 """vLLM arguments that change speed and memory, not what is computed (rounding aside)."""
