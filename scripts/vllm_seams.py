@@ -6,7 +6,7 @@
     Absent   a class does not have a name: how one runner is told from the other
 
 `scripts/check_vllm_source.py` holds a release against it; a test holds it against teacher_dump, so that
-every name of vLLM's that is used there is here, and nothing else.
+every name of vLLM's that is used there is here.
 """
 
 from collections.abc import Iterable
@@ -215,7 +215,12 @@ _HEADS: list[Expected] = [
         "the head's weight",
         ("'weight'", "weight"),
     ),
-    *_members(_HEAD, "the head, or a rank's shard of it", "bias shard_indices tp_size"),
+    *_members(_HEAD, "the head, or a rank's shard of it", "bias quant_method shard_indices tp_size"),
+    Member(
+        "model_executor/layers/vocab_parallel_embedding.py", "UnquantizedEmbeddingMethod", "a head as it is"
+    ),
+    Member("model_executor/layers/linear.py", "UnquantizedLinearMethod", "a head as it is"),
+    Member("config/model.py:ModelConfig", "head_dtype", "what the head computes in"),
     *_members(_SHARD, "rows that stand for real tokens", "org_vocab_start_index org_vocab_end_index"),
     Member("model_executor/layers/logits_processor.py:LogitsProcessor", "soft_cap", "logits must be linear"),
 ]
@@ -258,7 +263,9 @@ _ARGUMENTS: list[Expected] = _members(
     "disable_log_stats use_tqdm_on_load worker_extension_cls mm_processor_kwargs max_logprobs logprobs_mode "
     "block_size compilation_config cpu_offload_gb disable_custom_all_reduce distributed_executor_backend "
     "download_dir enable_chunked_prefill gpu_memory_utilization kv_cache_memory_bytes limit_mm_per_prompt "
-    "load_format max_parallel_loading_workers mm_processor_cache_gb",
+    "load_format max_parallel_loading_workers mm_processor_cache_gb code_revision tokenizer_revision "
+    "hf_config_path hf_overrides hf_token model_weights data_parallel_size served_model_name "
+    "swa_bounded_replay",
 )
 
 _ENVIRONMENT: list[Expected] = [
@@ -270,6 +277,7 @@ _ENVIRONMENT: list[Expected] = [
         "VLLM_ENABLE_V1_MULTIPROCESSING",
         "VLLM_LOGGING_LEVEL",
         "VLLM_NO_USAGE_STATS",
+        "VLLM_WORKER_MULTIPROC_METHOD",
     )
 ]
 

@@ -19,26 +19,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "teacher_dump"
-FILES = ("capture.py", "engine.py", "public.py", "seams.py")
-"""The files that touch vLLM's objects."""
+_TOUCHES = re.compile(r"(?:import|from) vllm|\b_llm\b|\brunner: Any|_[A-Z]+_ARGUMENTS = ")
 
 _ENVIRONMENT = re.compile(r"VLLM_[A-Z0-9_]+|DO_NOT_TRACK")
 _TABLES = {"_OWNED_ARGUMENTS", "_HARMLESS_ARGUMENTS"}
+_OURS = {"any", "get", "start", "stop", "to", "values"}  # of dictionaries, slices, tensors
 _OPAQUE = {"weight", "dtype", "shape"}  # tensors and their parts: torch's names from here on
 _FOREIGN = ("Any", "Sequence[Any]", "list[Any]", "Iterable[Any]")
 _LOOKUPS = {"getattr", "hasattr", "_need"}
-_OURS = {"get", "start", "stop"}  # of dictionaries and slices; no name of vLLM's
 
 Uses = dict[str, list[str]]
+
+
+def read_files() -> dict[str, str]:
+    """Name to source of every file of the package that touches vLLM's objects."""
+    texts = {file.name: file.read_text() for file in sorted(PACKAGE.glob("*.py"))}
+    return {name: text for name, text in texts.items() if _TOUCHES.search(text)}
 
 
 def find_uses(files: Mapping[str, str] | None = None) -> Uses:
     """Names of vLLM's to the places that use them, `seams.py:87`.
 
     Args:
-        files: File name to source; None: those of this tree.
+        files: File name to source; None: `read_files()`.
     """
-    texts = files or {name: (PACKAGE / name).read_text() for name in FILES}
+    texts = files or read_files()
     trees = {name: ast.parse(text) for name, text in texts.items()}
     foreign = {
         node.name

@@ -35,6 +35,7 @@ from teacher_dump.prompts import Preparer, prepare_ahead
 from teacher_dump.public import choose_engine
 from teacher_dump.quarantine import QuarantineLog
 from teacher_dump.records import PartCapture
+from teacher_dump.release import check_installed
 from teacher_dump.teacher import Teacher, find_teacher
 from teacher_dump.trial import run_trial
 
@@ -54,6 +55,10 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     Raises:
         CascacheError: Settings, data, engine or disk do not allow it.
     """
+    if config.sample_estimate is not None or not config.plans_only:
+        note = check_installed(any_version=config.any_vllm)
+        if note:
+            say(f"note: {note}")
     model = resolve_model(config.model)
     source = open_data(config)
     teacher = find_teacher(

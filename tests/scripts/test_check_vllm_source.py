@@ -16,7 +16,7 @@ from common.tested_versions import TESTED_VLLM
 from scripts.check_vllm_source import check, main
 from scripts.vllm_seams import EXPECTED, Absent, Call, Expected, Member, Text, names_used
 from scripts.vllm_source import Source, open_source
-from scripts.vllm_uses import FILES, PACKAGE, find_uses
+from scripts.vllm_uses import PACKAGE, find_uses, read_files
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -42,55 +42,53 @@ def test_the_installed_vllm_has_all_of_it():
     assert problems(installed(), *EXPECTED) == []
 
 
-def test_the_table_is_what_teacher_dump_uses():
-    assert set(find_uses()) == names_used()
+def test_every_name_of_vllm_that_teacher_dump_uses_is_in_the_table():
+    assert set(find_uses()) - names_used() == set()
 
 
 def test_every_file_that_imports_vllm_is_looked_through():
     doors = {file.name for file in PACKAGE.glob("*.py") if re.search(r"(import|from) vllm", file.read_text())}
-    assert doors <= set(FILES)
+    assert doors
+    assert doors <= read_files().keys()
 
 
 @pytest.mark.parametrize(
-    ("file", "old", "new", "name"),
+    ("old", "new", "name"),
     [
         (
-            "seams.py",
             "runner.requests[name].num_computed_tokens",
             "runner.requests[name].num_seen",
             "num_seen",
         ),
-        ("seams.py", '"query_start_loc.np"', '"query_start_loc.cpu"', "cpu"),
+        ('"query_start_loc.np"', '"query_start_loc.cpu"', "cpu"),
         (
-            "seams.py",
             'getattr(head, "bias", None)',
             'getattr(head, "skew", None)',
             "skew",
         ),
-        ("capture.py", "new.mm_features", "new.mm_inputs", "mm_inputs"),
-        ("capture.py", "group.rank_in_group", "group.rank", "rank"),
-        ("capture.py", "place.is_embed is None", "place.mask is None", "mask"),
+        ("new.mm_features", "new.mm_inputs", "mm_inputs"),
+        ("group.rank_in_group", "group.rank", "rank"),
+        ("place.is_embed is None", "place.mask is None", "mask"),
         (
-            "capture.py",
             "import get_pp_group, get_tp_group",
             "import get_pp_group, get_dp_group",
             "get_dp_group",
         ),
-        ("engine.py", "detokenize=False", "detokenise=False", "detokenise"),
-        ("engine.py", '"VLLM_CPU_KVCACHE_SPACE"', '"VLLM_CPU_KV_SPACE"', "VLLM_CPU_KV_SPACE"),
-        ("engine.py", '"use_tqdm_on_load": False', '"load_tqdm": False', "load_tqdm"),
-        ("engine.py", '"mm_processor_cache_gb",', '"mm_cache_gb",', "mm_cache_gb"),
-        ("engine.py", 'given["multi_modal_uuids"]', 'given["mm_uuids"]', "mm_uuids"),
-        ("engine.py", "output.outputs[0].finish_reason", "output.outputs[0].why", "why"),
-        ("engine.py", "current_platform.is_cpu()", "current_platform.is_plain()", "is_plain"),
-        ("public.py", "self._llm.llm_engine.model_config", "self._llm.llm_engine.config", "config"),
-        ("public.py", "flat.logprobs", "flat.values_of_rows", "values_of_rows"),
+        ("detokenize=False", "detokenise=False", "detokenise"),
+        ('"VLLM_CPU_KVCACHE_SPACE"', '"VLLM_CPU_KV_SPACE"', "VLLM_CPU_KV_SPACE"),
+        ('"use_tqdm_on_load": False', '"load_tqdm": False', "load_tqdm"),
+        ('"mm_processor_cache_gb",', '"mm_cache_gb",', "mm_cache_gb"),
+        ('given["multi_modal_uuids"]', 'given["mm_uuids"]', "mm_uuids"),
+        ("output.outputs[0].finish_reason", "output.outputs[0].why", "why"),
+        ("current_platform.is_cpu()", "current_platform.is_plain()", "is_plain"),
+        ("self._llm.llm_engine.model_config", "self._llm.llm_engine.config", "config"),
+        ("flat.logprobs", "flat.values_of_rows", "values_of_rows"),
     ],
 )
-def test_a_new_use_of_vllm_is_noticed(file, old, new, name):
-    texts = {each: (PACKAGE / each).read_text() for each in FILES}
-    assert old in texts[file]
-    texts[file] = texts[file].replace(old, new)
+def test_a_new_use_of_vllm_is_noticed(old, new, name):
+    texts = read_files()
+    assert any(old in text for text in texts.values())
+    texts = {file: text.replace(old, new) for file, text in texts.items()}
     assert name in set(find_uses(texts)) - names_used()
 
 
