@@ -83,8 +83,9 @@ TRIALS = (
     "safetensors==0.5.0",
     "tensorboard==2.18.0",
     "tqdm==4.66.0",
-    "transformers==5.12.1 tokenizers==0.22.2 huggingface-hub==1.33.0",
-    "transformers==5.16.1 huggingface-hub==1.33.0",
+    "transformers==5.5.0 tokenizers==0.22.2 huggingface-hub==1.33.0",
+    "transformers==5.8.1 tokenizers==0.22.2 huggingface-hub==1.33.0",
+    "transformers==5.16.1 tokenizers==0.23.2 huggingface-hub==1.33.0",
     "transformers==5.24.0",
     "zarr==3.1.3",
     "zarr==3.1.4",
@@ -126,7 +127,9 @@ def run_trial(packages: str, place: Path) -> Outcome:
         return Outcome(packages, False, f"pip: {done.stderr.strip().splitlines()[-1]}", 0.0)
     path = os.pathsep.join([str(place), str(ROOT)])
     environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS[name_of(wanted[0])]]
+    warnings = ["-W", "ignore::DeprecationWarning", "-W", "ignore::FutureWarning"]  # of other libraries
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *warnings]
+    command += TESTS[name_of(wanted[0])]
     start = time.monotonic()
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, errors="replace", check=False
