@@ -87,7 +87,7 @@ TRIALS = (
     "transformers==5.8.1 tokenizers==0.22.2 huggingface-hub==1.33.0",
     "transformers==5.16.1 tokenizers==0.23.2 huggingface-hub==1.33.0",
     "transformers==5.24.0",
-    "zarr==3.1.3",
+    "zarr==3.1.3 crc32c",
     "zarr==3.1.4",
 )
 """What is laid over the environment together; the first is the one that is tried."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common.cache.writer import CacheWriter, read_seal
 from common.data.source import SampleSource
+from common.extras import need_module
 from common.models import resolve_model
 from schemas.manifest import PartSeal
 from teacher_dump.asking import open_data
@@ -54,7 +55,9 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
 
     Raises:
         CascacheError: Settings, data, engine or disk do not allow it.
+        ModuleNotFoundError: The extra that dumps is not installed.
     """
+    need_module("transformers")
     if config.sample_estimate is not None or not config.plans_only:
         note = check_installed(any_version=config.any_vllm)
         if note:

