@@ -264,8 +264,7 @@ _ARGUMENTS: list[Expected] = _members(
     "block_size compilation_config cpu_offload_gb disable_custom_all_reduce distributed_executor_backend "
     "download_dir enable_chunked_prefill gpu_memory_utilization kv_cache_memory_bytes limit_mm_per_prompt "
     "load_format max_parallel_loading_workers mm_processor_cache_gb code_revision tokenizer_revision "
-    "hf_config_path hf_overrides hf_token model_weights data_parallel_size served_model_name "
-    "swa_bounded_replay",
+    "hf_config_path hf_overrides hf_token model_weights data_parallel_size served_model_name",
 )
 
 _ENVIRONMENT: list[Expected] = [
@@ -301,7 +300,11 @@ UNCHECKED = (
 """What no source check can tell."""
 
 
+OPTIONAL = {"swa_bounded_replay"}
+"""Engine arguments that are given only where vLLM has them."""
+
+
 def names_used(expected: Iterable[Expected] = EXPECTED) -> set[str]:
     """Names that teacher_dump itself looks up or gives; what vLLM calls inside is not among them."""
     named = {each.name for each in expected if isinstance(each, Member | Text)}
-    return (named - {"_bookkeeping_sync"}) | {"weight"}
+    return (named - {"_bookkeeping_sync"}) | {"weight"} | OPTIONAL
