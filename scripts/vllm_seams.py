@@ -232,6 +232,12 @@ _OFFLINE: list[Expected] = [
     Member(_LLM, "wait_for_completion", "all samples", keywords=("use_tqdm",)),
     Member(_LLM, "collective_rpc", "a method of every worker", takes=("method",), keywords=("args",)),
     Member(_LLM, "reset_prefix_cache", "samples that do not depend on earlier ones"),
+    *_members(
+        "v1/engine/llm_engine.py:LLMEngine",
+        "samples that do not depend on earlier ones",
+        "reset_mm_cache reset_encoder_cache",
+    ),
+    Member("envs.py", "disable_envs_cache", "settings of the environment are read again"),
     Member(_LLM, "llm_engine", "its processes"),
     Call(f"{_LLM}.__init__", "EngineArgs", "engine arguments are its fields", ("model=model",)),
     *_members("v1/engine/llm_engine.py:LLMEngine", "its processes", "engine_core model_config"),
@@ -271,6 +277,7 @@ _ENVIRONMENT: list[Expected] = [
     Text("envs.py", name, "a setting of the environment")
     for name in (
         "DO_NOT_TRACK",
+        "VLLM_BATCH_INVARIANT",
         "VLLM_CPU_KVCACHE_SPACE",
         "VLLM_CPU_OMP_THREADS_BIND",
         "VLLM_ENABLE_V1_MULTIPROCESSING",
@@ -307,4 +314,4 @@ OPTIONAL = {"swa_bounded_replay"}
 def names_used(expected: Iterable[Expected] = EXPECTED) -> set[str]:
     """Names that teacher_dump itself looks up or gives; what vLLM calls inside is not among them."""
     named = {each.name for each in expected if isinstance(each, Member | Text)}
-    return (named - {"_bookkeeping_sync"}) | {"weight"} | OPTIONAL
+    return (named - {"_bookkeeping_sync"}) | {"envs", "weight"} | OPTIONAL

@@ -23,7 +23,7 @@ _TOUCHES = re.compile(r"(?:import|from) vllm|\b_llm\b|\brunner: Any|_[A-Z]+_ARGU
 
 _ENVIRONMENT = re.compile(r"VLLM_[A-Z0-9_]+|DO_NOT_TRACK")
 _TABLES = {"_OWNED_ARGUMENTS", "_HARMLESS_ARGUMENTS"}
-_OURS = {"any", "get", "start", "stop", "to", "values"}  # of dictionaries, slices, tensors
+_OURS = {"any", "get", "size", "start", "stop", "to", "values"}  # of dictionaries, slices, tensors, images
 _OPAQUE = {"weight", "dtype", "shape"}  # tensors and their parts: torch's names from here on
 _FOREIGN = ("Any", "Sequence[Any]", "list[Any]", "Iterable[Any]")
 _LOOKUPS = {"getattr", "hasattr", "_need"}
