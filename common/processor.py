@@ -37,7 +37,12 @@ def load_processor(path: str, *, revision: str | None = None, options: Processor
         raise ConfigError(f"{path} needs transformers ({error}): pip install 'cascache[student]'") from error
     try:
         processor = AutoProcessor.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except ImportError as error:  # most families' processors load torchvision, for videos if nothing else
+        cause = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"the processor of {path} does not load ({cause}); pip install 'cascache[student]'"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{path} holds no processor that transformers can load ({error}); point at a vision-language "
             "model directory with tokenizer, chat template and preprocessor_config.json"

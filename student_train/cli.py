@@ -15,6 +15,7 @@ from typing import Any
 
 from common.console import escape_unprintable
 from common.errors import CascacheError, tell_os_error
+from common.extras import tell_missing_module
 from common.settings import load_settings
 from student_train.config import EvalConfig, TrainConfig
 
@@ -42,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(f"student-train: error: {tell_os_error(error)}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        line = tell_missing_module(error)
+        if line is None:
+            raise
+        print(f"student-train: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         said = str(stop) or "the last checkpoint stands"

@@ -257,7 +257,9 @@ class Student(nn.Module):
 
     def recompute_activations(self) -> None:
         """Trade time for memory: recompute the language model's activations in the backward pass."""
-        self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        language: Any = self.model.model.language_model
+        newer = getattr(language, "activation_checkpointing_enable", None)  # the name since transformers 5.20
+        (newer or language.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def load_student(path: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> Student:

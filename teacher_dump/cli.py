@@ -8,6 +8,7 @@ from typing import Any
 
 from common.console import escape_unprintable
 from common.errors import CascacheError, tell_os_error
+from common.extras import tell_missing_module
 from common.settings import load_settings
 from teacher_dump.config import AuditConfig, DumpConfig
 
@@ -44,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     except OSError as error:
         _say(f"error: {tell_os_error(error)}")
+        return EXIT_ERROR
+    except ModuleNotFoundError as error:
+        line = tell_missing_module(error, teacher=True)
+        if line is None:
+            raise
+        _say(f"error: {line}")
         return EXIT_ERROR
     except KeyboardInterrupt:
         _say("stopped; sealed parts are kept, nothing is half written; give the same command again to go on")

@@ -99,7 +99,7 @@ class DumpConfig(ProcessorOptions):
     """Take rows out of vLLM through private attributes, or through its public prompt_logprobs: slower, no
     relations, no hidden states, no further temperature; for a vLLM in which those attributes are gone."""
     any_vllm: bool = False
-    """Try a vLLM release that was not tested."""
+    """Try a vLLM release that was neither tested nor checked by its source."""
     max_quarantine: float = Field(0.05, ge=0, le=1)
     """Largest share of samples that may be unusable before the dump stops."""
     threads: int = Field(4, ge=1)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from common.cache.writer import CacheWriter, read_seal
 from common.data.source import SampleSource
+from common.extras import need_module
 from common.models import resolve_model
 from schemas.manifest import PartSeal
 from teacher_dump.asking import open_data
@@ -35,6 +36,7 @@ from teacher_dump.prompts import Preparer, prepare_ahead
 from teacher_dump.public import choose_engine
 from teacher_dump.quarantine import QuarantineLog
 from teacher_dump.records import PartCapture
+from teacher_dump.release import check_installed
 from teacher_dump.teacher import Teacher, find_teacher
 from teacher_dump.trial import run_trial
 
@@ -53,7 +55,13 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
 
     Raises:
         CascacheError: Settings, data, engine or disk do not allow it.
+        ModuleNotFoundError: The extra that dumps is not installed.
     """
+    need_module("transformers")
+    if config.sample_estimate is not None or not config.plans_only:
+        note = check_installed(any_version=config.any_vllm)
+        if note:
+            say(f"note: {note}")
     model = resolve_model(config.model)
     source = open_data(config)
     teacher = find_teacher(

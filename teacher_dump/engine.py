@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from common.chat import Prompt
 from common.errors import ConfigError, EngineError, EngineStopped
+from teacher_dump.release import check_release
 from teacher_dump.request import (
     EXTRA_ARG,
     ROWS_MISSING,
@@ -39,7 +40,6 @@ from teacher_dump.request import (
     CaptureSettings,
     pixel_identity,
 )
-from teacher_dump.seams import TESTED_VLLM
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,7 +81,6 @@ _HARMLESS_ARGUMENTS = frozenset(
         "max_num_batched_tokens",
         "max_parallel_loading_workers",
         "mm_processor_cache_gb",
-        "swap_space",
     }
 )
 """vLLM arguments that change speed and memory, not what is computed (rounding aside)."""
@@ -446,12 +445,7 @@ def _import_vllm(*, any_version: bool) -> Any:
             f"the teacher needs vLLM, which does not import here ({error}); "
             "pip install 'cascache[teacher]' for CUDA machines, 'cascache[teacher-cpu]' elsewhere"
         ) from error
-    release = str(vllm.__version__).split("+")[0]
-    if release not in TESTED_VLLM and not any_version:
-        raise EngineError(
-            f"found vllm {vllm.__version__}, tested {', '.join(TESTED_VLLM)}; install a tested release, "
-            "or try this one with --any-vllm"
-        )
+    check_release(str(vllm.__version__), any_version=any_version)
     return vllm
 
 

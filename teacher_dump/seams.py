@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from common.errors import EngineError
-
-TESTED_VLLM = ("0.32.0",)
-"""Releases whose seams the tests have exercised."""
+from common.tested_versions import TESTED_VLLM
 
 
 class Slice(NamedTuple):

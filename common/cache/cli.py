@@ -13,6 +13,7 @@ from common.cache import cli_inspect, cli_look, cli_size, cli_transfer, cli_trus
 from common.cache.commands import EPILOG
 from common.console import escape_unprintable
 from common.errors import CascacheError, tell_os_error
+from common.extras import tell_missing_module
 
 GROUPS = (cli_inspect, cli_look, cli_size, cli_transfer, cli_trust)
 """Modules that register commands, in the order that `--help` lists them."""
@@ -40,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:
         print(f"cascache: error: {tell_os_error(error)}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        line = tell_missing_module(error)
+        if line is None:
+            raise
+        print(f"cascache: error: {line}", file=sys.stderr)
         return 2
     text = json.dumps(answer, indent=1) if arguments.json else arguments.render(answer)
     try:

@@ -43,6 +43,7 @@ _CRC_BYTES: Final = 4
 _CRC_RESIDUE: Final = 0x48674BC7  # the CRC-32C of any bytes followed by their own CRC-32C
 _BLOSC_HEADER_BYTES: Final = 16
 _LITTLE: Final = {"endian": "little"}
+_NO_DELTA: Final = getattr(DeltaSpec, "no_op", None) or DeltaSpec.none  # the name since pcodec 1.0
 _CHUNK_SLACK_BYTES: Final = 1 << 16
 _DTYPES: Final = frozenset({"uint8", "int16", "uint16", "int32", "uint32", "int64", "float32", "float64"})
 
@@ -96,7 +97,7 @@ def encode_chunk(values: Array, capacity: int, page: int, coding: Coding) -> byt
         data = bytes(blosc.compress(raw, b"zstd", coding.level, blosc.BITSHUFFLE, 0, flat.itemsize))
     else:
         specs = {
-            "none": DeltaSpec.none,
+            "none": _NO_DELTA,
             "auto": DeltaSpec.auto,
             "consecutive": lambda: DeltaSpec.try_consecutive(1),
         }
