@@ -102,6 +102,9 @@ class DumpConfig(ProcessorOptions):
     """Try a vLLM release that was not tested."""
     max_quarantine: float = Field(0.05, ge=0, le=1)
     """Largest share of samples that may be unusable before the dump stops."""
+    max_engine_restarts: int = Field(64, ge=0)
+    """Times that an engine that died is started again in one run, to find the sample that kills it; 0 ends
+    the dump at the first death."""
     threads: int = Field(4, ge=1)
     """Threads that read images and tokenise ahead of the engine."""
     seed: int = Field(0, ge=0, lt=2**64)

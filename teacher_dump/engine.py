@@ -20,9 +20,10 @@ import logging
 import math
 import os
 import platform
+import signal
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -92,6 +93,9 @@ _CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # eager anyway; saves the compiler's start-up
 }
 
+
+_LAST_WORDS_SECONDS = 2
+"""How long a broken engine's process is given to end, so that its exit status can be read."""
 
 QUIET_LOGGERS = (
     "torch",  # says on every CPU that Triton is missing
@@ -246,6 +250,32 @@ class Engine:
             with contextlib.suppress(AttributeError):
                 llm.llm_engine.engine_core.shutdown()
 
+    def restart(self) -> None:
+        """Start vLLM again after it died, from now on in a process of its own.
+
+        Raises:
+            EngineError: As on entering.
+            ConfigError: As on entering.
+        """
+        from vllm import envs
+
+        self.close()
+        self.settings = replace(self.settings, inside=False)
+        envs.disable_envs_cache()  # an engine in this process fixed the choice of process for good
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads run here by now: no fork
+        self.__enter__()
+
+    def _stopped(self, doing: str, error: Exception) -> EngineStopped:
+        """What to raise when vLLM died or broke; names the signal that ended its process, if one did."""
+        resources = getattr(self._llm.llm_engine.engine_core, "resources", None)
+        processes = getattr(getattr(resources, "engine_manager", None), "processes", ())
+        for process in processes:
+            process.join(_LAST_WORDS_SECONDS)
+        signals = {-each.exitcode for each in processes if each.exitcode is not None and each.exitcode < 0}
+        names = ", ".join(sorted(signal.Signals(each).name for each in signals))
+        cause = f"its process was ended by {names}" if names else str(error)
+        return EngineStopped(f"vLLM stopped while {doing}: {cause}; run the same command again to resume")
+
     def run(self, submissions: Sequence[Submission]) -> list[Captured]:
         """Compute a wave of samples.
 
@@ -253,7 +283,7 @@ class Engine:
             One result per submission, in order; a refused one carries its problem.
 
         Raises:
-            EngineError: vLLM itself broke.
+            EngineStopped: vLLM itself died or broke.
         """
         found = self._run(submissions, whole=False)
         lost = [index for index, each in enumerate(found) if each.reason == ROWS_MISSING]
@@ -268,19 +298,17 @@ class Engine:
         vllm_error, client_error = _vllm_errors()
         refused: dict[str, Captured] = {}
         submitted: list[Submission] = []
-        for each in submissions:
-            try:
-                self._submit(each, whole=whole)
-                submitted.append(each)
-            except (ValueError, TypeError, client_error) as error:
-                refused[each.request.key] = Captured(each.request.key, str(error), "engine-refused")
         try:
+            for each in submissions:
+                try:
+                    self._submit(each, whole=whole)
+                    submitted.append(each)
+                except (ValueError, TypeError, client_error) as error:
+                    refused[each.request.key] = Captured(each.request.key, str(error), "engine-refused")
             outputs = self._llm.wait_for_completion(use_tqdm=False) if submitted else []
             finished = self._collect(submitted, outputs)
         except (RuntimeError, vllm_error) as error:
-            raise EngineStopped(
-                f"vLLM stopped while computing: {error}; run the same command again to resume"
-            ) from error
+            raise self._stopped("computing", error) from error
         for each, output in zip(submitted, outputs, strict=True):
             finished.setdefault(
                 each.request.key, Captured(each.request.key, "the capture gave no answer", ROWS_MISSING)
@@ -322,21 +350,19 @@ class Engine:
             One answer per question, in order; a refused one carries its problem.
 
         Raises:
-            EngineError: vLLM itself broke.
+            EngineStopped: vLLM itself died or broke.
         """
         vllm_error, client_error = _vllm_errors()
         refused: dict[int, Answer] = {}
-        for index, each in enumerate(questions):
-            try:
-                self._ask(each)
-            except (ValueError, TypeError, client_error) as error:
-                refused[index] = Answer(np.empty(0, np.int32), finished=False, problem=str(error))
         try:
+            for index, each in enumerate(questions):
+                try:
+                    self._ask(each)
+                except (ValueError, TypeError, client_error) as error:
+                    refused[index] = Answer(np.empty(0, np.int32), finished=False, problem=str(error))
             outputs = self._llm.wait_for_completion(use_tqdm=False) if len(refused) < len(questions) else []
         except (RuntimeError, vllm_error) as error:
-            raise EngineStopped(
-                f"vLLM stopped while answering: {error}; run the same command again to resume"
-            ) from error
+            raise self._stopped("answering", error) from error
         given = iter(outputs)
         return [
             refused[index] if index in refused else _to_answer(each, next(given))
@@ -360,8 +386,13 @@ class Engine:
 
         Raises:
             EngineError: vLLM keeps it, though nothing is being computed.
+            EngineStopped: vLLM died meanwhile.
         """
-        if self._llm is not None and not self._llm.reset_prefix_cache():
+        try:
+            emptied = self._llm is None or self._llm.reset_prefix_cache()
+        except (RuntimeError, _vllm_errors()[0]) as error:
+            raise self._stopped("waiting", error) from error
+        if not emptied:
             raise EngineError("vLLM does not let go of its prefix cache; run again with --no-prefix-cache")
 
     def _arguments(self) -> dict[str, Any]:
