@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.devices import Device, find_devices, free_memory, num_cores, vllm_build
+from common.devices import Device, find_devices, free_memory, num_cores
 from common.errors import EngineError
 
 GIB = 2**30
