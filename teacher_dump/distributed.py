@@ -27,6 +27,7 @@ from common.errors import CascacheError, ConfigError, EngineError, EngineStopped
 from common.models import resolve_model
 from schemas.manifest import Manifest
 from teacher_dump.config import DumpConfig
+from teacher_dump.environment import prepare_environment
 from teacher_dump.level import engine_settings, longest, plan_dump
 from teacher_dump.parts import make_capture, write_part
 from teacher_dump.plan import Part
@@ -143,6 +144,7 @@ class PartActor:
             manifest: `Manifest` as JSON.
             cores: Cores to bind to, or 0 for none.
         """
+        prepare_environment()
         self._problem: CascacheError | None = None
         self._held = bind_cores(cores) if cores else None
         try:

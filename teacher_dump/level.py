@@ -148,6 +148,7 @@ def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> E
         max_num_seqs=config.max_num_seqs,
         tensor_parallel=config.tensor_parallel,
         pipeline_parallel=config.pipeline_parallel,
+        inside={"auto": None, "own": False, "same": True}[config.engine_process],
         prefix_cache=config.prefix_cache,
         seed=config.seed,
         any_version=config.any_vllm,
