@@ -143,7 +143,7 @@ class EngineLog:
 
     @contextlib.contextmanager
     def redirected(self) -> Iterator[None]:
-        """Whoever is started meanwhile prints to the file for as long as it lives; this process, meanwhile."""
+        """Processes started meanwhile print to the file as long as they live; this one, meanwhile."""
         if self.path is None:
             yield
             return
@@ -161,7 +161,7 @@ class EngineLog:
                 os.close(copy)
 
     def explain(self, error: BaseException) -> str:
-        """One line for what went wrong: what the engine's process raised, where vLLM's error is silent on it."""
+        """One line for what went wrong: what the engine process raised, where vLLM only says that it is gone."""
         words = " ".join(str(error).split())
         cause = self._cause() if self.path else None
         if cause and any(each in words for each in _EMPTY_WORDS):
