@@ -20,8 +20,9 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,7 +40,7 @@ from teacher_dump.request import (
     pixel_identity,
 )
 from teacher_dump.start import EngineLog, import_vllm, on_cpu, set_environment, vllm_errors
-from teacher_dump.watch import this_driver
+from teacher_dump.watch import call_watched, engine_processes, this_driver
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -179,6 +180,7 @@ class Engine:
         self.runner = ""
         self.dtype = ""
         self._log = EngineLog(kept=False)
+        self._processes: list[BaseProcess] = []
         self._stopped = False
 
     def __enter__(self) -> Self:
@@ -208,6 +210,7 @@ class Engine:
                 f"vLLM could not start {self.settings.model}: {self._log.explain(error)}; "
                 "VLLM_LOGGING_LEVEL=INFO shows what it does"
             ) from error
+        self._processes = engine_processes()
         with self._stopping("taking up the capture"):
             self.runner, self.dtype = self._install()
         if self.dtype != self.settings.dtype:
@@ -222,7 +225,7 @@ class Engine:
     def _install(self) -> tuple[str, str]:
         """Put the capture into the workers; which model runner they have, and the dtype they compute in."""
         who = asdict(self.settings.capture), asdict(this_driver())
-        answers = self._llm.collective_rpc("cascache_install", args=who)
+        answers = self._call(lambda: self._llm.collective_rpc("cascache_install", args=who))
         for answer in answers:
             if "problem" in answer:
                 self.close()
@@ -243,6 +246,12 @@ class Engine:
                 llm.llm_engine.engine_core.shutdown()
             if not self._stopped:
                 self._log.discard()
+
+    def _wait(self) -> Any:
+        return self._call(lambda: self._llm.wait_for_completion(use_tqdm=False))
+
+    def _call(self, action: Callable[[], Any]) -> Any:
+        return call_watched(action, self._processes)
 
     @contextlib.contextmanager
     def _stopping(self, doing: str) -> Iterator[None]:
@@ -286,7 +295,7 @@ class Engine:
                     submitted.append(each)
                 except (ValueError, TypeError, vllm_errors()[1]) as error:
                     refused[each.request.key] = Captured(each.request.key, str(error), "engine-refused")
-            outputs = self._llm.wait_for_completion(use_tqdm=False) if submitted else []
+            outputs = self._wait() if submitted else []
             finished = self._collect(submitted, outputs)
         for each, output in zip(submitted, outputs, strict=True):
             finished.setdefault(
@@ -303,7 +312,7 @@ class Engine:
 
     def _collect(self, submitted: Sequence[Submission], outputs: Sequence[Any]) -> dict[str, Captured]:
         """What was kept of the samples that vLLM has finished, by key."""
-        drained = self._llm.collective_rpc("cascache_drain")
+        drained = self._call(lambda: self._llm.collective_rpc("cascache_drain"))
         return {each["key"]: Captured.from_wire(each) for rank in drained for each in rank}
 
     def _wishes(self, submission: Submission, *, whole: bool) -> dict[str, Any]:
@@ -338,7 +347,7 @@ class Engine:
                     self._ask(each)
                 except (ValueError, TypeError, vllm_errors()[1]) as error:
                     refused[index] = Answer(np.empty(0, np.int32), finished=False, problem=str(error))
-            outputs = self._llm.wait_for_completion(use_tqdm=False) if len(refused) < len(questions) else []
+            outputs = self._wait() if len(refused) < len(questions) else []
         given = iter(outputs)
         return [
             refused[index] if index in refused else _to_answer(each, next(given))
@@ -364,7 +373,7 @@ class Engine:
             EngineError: vLLM keeps it, though nothing is being computed.
         """
         with self._stopping("emptying its prefix cache"):
-            emptied = self._llm is None or self._llm.reset_prefix_cache()
+            emptied = self._llm is None or self._call(self._llm.reset_prefix_cache)
         if not emptied:
             raise EngineError("vLLM does not let go of its prefix cache; run again with --no-prefix-cache")
 

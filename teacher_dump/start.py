@@ -37,6 +37,8 @@ QUIET_LOGGERS = (
 
 _METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _RAISED = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Exit)\b(?:: .*\S)?)\s*$")
+_DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
+_KILLED = {"-9": ", killed, perhaps because memory ran out (`dmesg` tells)"}
 _EMPTY_WORDS = ("Engine core initialization failed", "See stack trace", "See root cause")
 
 
@@ -161,19 +163,19 @@ class EngineLog:
                 os.close(copy)
 
     def explain(self, error: BaseException) -> str:
-        """One line for what went wrong: what the engine process raised, where vLLM only says that it is gone."""
-        words = " ".join(str(error).split())
+        """One line for what went wrong: what an engine process raised, where vLLM only says that one did."""
+        words = " ".join(str(error).split()) or type(error).__name__
         cause = self._cause() if self.path else None
         if cause and any(each in words for each in _EMPTY_WORDS):
             words = cause
-        elif "See stack trace" in words:
-            words = "its process is gone (killed, or out of memory: dmesg tells)"
         return words + (f"; its log is {self.path}" if self.path and self.path.stat().st_size else "")
 
     def _cause(self) -> str | None:
-        """The first error that the log ends a traceback with."""
+        """A worker's end, else the first error that a traceback in the log ends with."""
         assert self.path is not None
         lines = self.path.read_text(errors="replace").splitlines()
+        for match in filter(None, map(_DIED.search, lines)):
+            return f"{match.group(1)} ended with status {match.group(2)}" + _KILLED.get(match.group(2), "")
         found = (match.group(1) for match in map(_RAISED.search, lines) if match)
         return next((each for each in found if not any(word in each for word in _EMPTY_WORDS)), None)
 
