@@ -14,6 +14,7 @@ Every rank of a tensor-parallel group walks the same chunks, because `compute_lo
 rank that writes is the first one of the last pipeline stage.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -144,6 +145,19 @@ class CaptureExtension:
         with torch.inference_mode():
             gram = head_gram(real_rows(head, settings["vocab_size"]))
             return get_tp_group().all_reduce(gram) if getattr(head, "tp_size", 1) > 1 else gram
+
+    def cascache_mask_padding(self) -> None:
+        """Give padding rows of the head no probability from here on: they are never drawn."""
+        model = self.model_runner.model  # type: ignore[attr-defined]
+        inner, size = model.compute_logits, self._cascache.settings.vocab_size
+
+        def compute_logits(*arguments: Any, **options: Any) -> Any:
+            logits = inner(*arguments, **options)
+            if logits is not None:  # as on ranks that do not sample
+                logits[:, size:] = -math.inf
+            return logits
+
+        model.compute_logits = compute_logits
 
     def cascache_drain(self) -> list[dict[str, Any]]:
         """Finished results since the last call, in wire form; none from ranks that do not write."""

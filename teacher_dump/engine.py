@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MAX_BIASED_IDS = 1024
+"""Ids whose probability vLLM's V2 runner changes for one request; more of them end the worker."""
 _EXTENSION = "teacher_dump.capture.CaptureExtension"
 _OWNED_ARGUMENTS = {
     "model": "--model",
@@ -181,7 +183,7 @@ class Engine:
         self.dtype = ""
         self._log = EngineLog(kept=False)
         self._processes: list[BaseProcess] = []
-        self._stopped = False
+        self._stopped = self._masked = False
 
     def __enter__(self) -> Self:
         """Start vLLM.
@@ -192,6 +194,7 @@ class Engine:
         """
         vllm = import_vllm(any_version=self.settings.any_version)
         arguments = self._arguments()
+        self._stopped = self._masked = False
         self._log = EngineLog(kept=os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1")
         try:
             with (
@@ -342,6 +345,9 @@ class Engine:
         """
         refused: dict[int, Answer] = {}
         with self._stopping("answering"):
+            if not self._masked:
+                self._mask_padding()
+                self._masked = True
             for index, each in enumerate(questions):
                 try:
                     self._ask(each)
@@ -362,9 +368,17 @@ class Engine:
             temperature=question.temperature,
             seed=question.seed,
             detokenize=False,
-            logit_bias=dict.fromkeys(question.banned, -math.inf),
+            logit_bias=dict.fromkeys(self._biased(question.banned), -math.inf),
         )
         self._llm.enqueue([_to_vllm(question.prompt, question.pixels)], [params], use_tqdm=False)
+
+    def _mask_padding(self) -> None:
+        """Have the workers give padding rows of the head no probability; vLLM takes few biased ids."""
+        self._call(lambda: self._llm.collective_rpc("cascache_mask_padding"))
+
+    def _biased(self, banned: Sequence[int]) -> list[int]:
+        """Those of the banned ids that vLLM has to be told of, for every question."""
+        return [each for each in banned if each < self.settings.capture.vocab_size]
 
     def forget(self) -> None:
         """Empty the prefix cache, so that what follows does not depend on what came before.

@@ -37,8 +37,7 @@ QUIET_LOGGERS = (
 
 _METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _RAISED = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Exit)\b(?:: .*\S)?)\s*$")
-_DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
-_KILLED = {"-9": ", killed, perhaps because memory ran out (`dmesg` tells)"}
+_DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (\S+)\)")
 _EMPTY_WORDS = ("Engine core initialization failed", "See stack trace", "See root cause")
 
 
@@ -174,8 +173,9 @@ class EngineLog:
         """A worker's end, else the first error that a traceback in the log ends with."""
         assert self.path is not None
         lines = self.path.read_text(errors="replace").splitlines()
-        for match in filter(None, map(_DIED.search, lines)):
-            return f"{match.group(1)} ended with status {match.group(2)}" + _KILLED.get(match.group(2), "")
+        died = next(filter(None, map(_DIED.search, lines)), None)
+        if died is not None:
+            return f"{died.group(1)} died (status {died.group(2)}; perhaps memory ran out, `dmesg` tells)"
         found = (match.group(1) for match in map(_RAISED.search, lines) if match)
         return next((each for each in found if not any(word in each for word in _EMPTY_WORDS)), None)
 
