@@ -1,7 +1,6 @@
 """The command `teacher-dump`: read the settings, hand over, say what came of it."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from common.errors import CascacheError, tell_os_error
 from common.settings import load_settings
 from teacher_dump.config import AuditConfig, DumpConfig
+from teacher_dump.environment import prepare_environment
 
 _EPILOG = """examples:
   teacher-dump --model tiny                             the shipped teacher on the built-in images
@@ -26,14 +26,13 @@ EXIT_INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    prepare_environment()
     try:
         if arguments[:1] == ["verify"]:
             return _verify(arguments[1:])
         config = load_settings(DumpConfig, arguments, prog="teacher-dump", epilog=_EPILOG)
         if config.status:
             return _status(config)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from teacher_dump.dump import dump
 
         result = dump(config, _say)

