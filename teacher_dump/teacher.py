@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.checkpoint_files import check_checkpoint
 from common.errors import ConfigError
 from common.fingerprint import config_sha256, weights_sha256
 from common.models import ModelRef
@@ -82,11 +83,13 @@ def find_teacher(
         options: How its processor is set.
 
     Raises:
-        ConfigError: It cannot be found, or is no vision-language model.
+        ConfigError: It cannot be found, is not whole, or is no vision-language model.
     """
     from transformers import AutoConfig
 
     path, revision = _locate(ref, with_weights)
+    if with_weights or ref.revision is None:
+        check_checkpoint(path)
     try:
         config = AutoConfig.from_pretrained(path)
         text = config.get_text_config()
