@@ -153,8 +153,8 @@ class Isolation:
         self._in_vain += 1
         if not self._left:
             raise EngineStopped(
-                f"{self._cause}, after {self._allowed} starts: as many as --max-engine-restarts allows in one "
-                "run; what was learnt is kept: run the same command again to resume"
+                f"{self._cause}, after {self._allowed} starts: as many as --max-engine-restarts allows "
+                "in one run; what was learnt is kept: run the same command again to resume"
             ) from error
         if self._in_vain >= _MOST_IN_VAIN:
             raise EngineStopped(
