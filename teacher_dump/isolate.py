@@ -21,7 +21,6 @@ from common.errors import CascacheError, ConfigError, EngineError, EngineStopped
 from common.record import Record
 from schemas.manifest import Quarantined
 from teacher_dump.attempts import Attempt
-from teacher_dump.engine import Engine
 from teacher_dump.prompts import Prepared
 
 Item = Prepared | Quarantined
@@ -53,8 +52,8 @@ class Isolation:
 
     def __init__(
         self,
-        engine: Engine,
         compute: Callable[[Sequence[Item]], list[Result]],
+        restart: Callable[[], None],
         *,
         restarts: int,
         say: Callable[[str], None],
@@ -62,12 +61,12 @@ class Isolation:
         """Start with nothing known.
 
         Args:
-            engine: A started engine.
             compute: Results of a group, in order; raises EngineStopped when the engine died.
+            restart: Starts the engine again; raises EngineError or ConfigError when it cannot.
             restarts: How many times the engine may be started again.
             say: Takes one line for the user.
         """
-        self._engine, self._compute, self._say = engine, compute, say
+        self._compute, self._restart_engine, self._say = compute, restart, say
         self._allowed = self._left = restarts
         self._in_vain = 0
         self._cause = ""
@@ -92,14 +91,14 @@ class Isolation:
             self._isolate([each for each in group if isinstance(each, Prepared)], results, attempt)
         return [results[each.sample_id] for each in group]
 
-    def start_part(self) -> None:
-        """Empty the engine's prefix cache; an engine that died meanwhile is started again.
+    def prepare(self, action: Callable[[], None]) -> None:
+        """Have the engine do what a fresh one has no need of; one that died meanwhile is started again.
 
         Raises:
             EngineError: It does not start.
         """
         try:
-            self._engine.forget()
+            action()
         except EngineStopped as error:
             self._restart(error, 0)
 
@@ -171,7 +170,7 @@ class Isolation:
         for pause in _START_PAUSES_SECONDS:
             time.sleep(pause)
             try:
-                self._engine.restart()
+                self._restart_engine()
             except (EngineError, ConfigError) as error:
                 last = error
             else:

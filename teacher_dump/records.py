@@ -74,7 +74,7 @@ class PartCapture:
         self._engine, self._capture, self.wave, self._answerer = engine, capture, wave, answerer
         self._with_images = with_images
         self._bank: dict[str, VisualRecord] = {}
-        self._isolation = Isolation(engine, self._run_wave, restarts=restarts, say=say)
+        self._isolation = Isolation(self._run_wave, engine.restart, restarts=restarts, say=say)
 
     def run(
         self, items: Iterable[Prepared | Quarantined], attempt: Attempt | None = None
@@ -90,7 +90,7 @@ class PartCapture:
             EngineError: It does not start again.
         """
         self._bank.clear()
-        self._isolation.start_part()  # a part's values must not depend on the parts before it
+        self._isolation.prepare(self._engine.forget)  # a part's values must not depend on the parts before it
         condemned = attempt.condemned if attempt is not None else {}
         wave: list[Prepared | Quarantined] = []
         for item in items:
