@@ -36,7 +36,7 @@ _START_PAUSES_SECONDS = (0, 5, 20)
 """Before each try to start again: a dead process gives its device memory back a little late."""
 
 _MOST_IN_VAIN = 12
-"""Deaths with nothing computed between them after which the engine is to blame."""
+"""Deaths over one group, none of whose samples was computed, after which the engine is to blame."""
 
 
 class _Suspects(NamedTuple):
@@ -68,7 +68,7 @@ class Isolation:
         """
         self._compute, self._restart_engine, self._say = compute, restart, say
         self._allowed = self._left = restarts
-        self._in_vain = 0
+        self._in_vain, self._lives = 0, False
         self._cause = ""
 
     def run(self, group: Sequence[Item], attempt: Attempt | None) -> list[Result]:
@@ -83,6 +83,7 @@ class Isolation:
             EngineError: It does not start again.
         """
         results: dict[str, Result] = {}
+        self._in_vain, self._lives = 0, False
         for _ in range(_DEATHS):
             if self._survives(group, results):
                 break
@@ -142,7 +143,7 @@ class Isolation:
             self._restart(error, len(items))
             return False
         results.update({item.sample_id: each for item, each in zip(items, found, strict=True)})
-        self._in_vain = 0
+        self._lives = True
         return True
 
     def _restart(self, error: EngineStopped, num_samples: int) -> None:
@@ -155,9 +156,9 @@ class Isolation:
                 f"{self._cause}, after {self._allowed} starts: as many as --max-engine-restarts allows "
                 "in one run; what was learnt is kept: run the same command again to resume"
             ) from error
-        if self._in_vain >= _MOST_IN_VAIN:
+        if self._in_vain >= _MOST_IN_VAIN and not self._lives:
             raise EngineStopped(
-                f"{self._cause}, {self._in_vain} times and with no sample computed between them, so none is "
+                f"{self._cause}, {self._in_vain} times with no sample computed between them, so none is "
                 "to blame; give the engine more room (--max-num-seqs, --max-len, --engine-arg) and run again"
             ) from error
         self._left -= 1
