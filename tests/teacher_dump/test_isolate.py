@@ -82,7 +82,7 @@ def test_any_killers_among_healthy_samples_are_found(seed: int):
     draw = np.random.default_rng(seed)
     size = int(draw.integers(2, 65))
     killers = {
-        f"s{each}" for each in draw.choice(size, int(draw.integers(1, max(2, size // 4))), replace=False)
+        f"s{each}" for each in draw.choice(size, int(draw.integers(1, max(2, size // 10))), replace=False)
     }
     group: list[Item] = [sample(f"s{index}") for index in range(size)]
     group.insert(1, Quarantined(sample_id="torn", reason="image-unreadable", detail="torn"))
