@@ -1,4 +1,4 @@
-"""Dumps by the command itself with a vLLM plugin that kills the process which computes a poisonous picture."""
+"""Dumps by the command itself, with a vLLM plugin that kills the process which computes a certain picture."""
 
 import json
 import os
@@ -28,14 +28,16 @@ class Ended(NamedTuple):
     """Standard error and output."""
 
 
-def write_poisoned(directory: Path, *poisoned: int) -> Path:
-    """The usual data, where the samples of these numbers share one poisonous picture."""
+def write_poisoned(directory: Path, *groups: tuple[int, ...]) -> Path:
+    """The usual data, where the samples of each group share a poisonous picture of their own."""
     file = write_data(directory, NUM_SAMPLES)
-    Image.new("RGB", (56, 56), POISON).save(directory / "poison.png")
     entries = json.loads(file.read_text())
-    for number in poisoned:
-        assert "image" in entries[number], "a sample without a picture cannot be poisoned"
-        entries[number]["image"] = "poison.png"
+    for number, group in enumerate(groups):
+        name = f"poison-{number}.png"
+        Image.new("RGB", (56, 56 + number), POISON).save(directory / name)
+        for sample in group:
+            assert "image" in entries[sample], "a sample without a picture cannot be poisoned"
+            entries[sample]["image"] = name
     file.write_text(json.dumps(entries))
     return file
 

@@ -71,25 +71,25 @@ def assert_only_poison_is_missing(out: Path, healthy: Path, poisoned: set[int]) 
                 )
 
 
-def test_a_poison_shared_by_samples_of_two_parts_costs_those_samples(
+def test_a_poison_that_samples_share_and_one_in_another_part_cost_those_samples(
     model: Path, healthy: Path, tmp_path: Path
 ):
     """The driver is killed while it searches, too; what it had found and sealed is kept."""
-    data = write_poisoned(tmp_path / "data", 0, 1, 14)
+    data = write_poisoned(tmp_path / "data", (0, 1, 9), (14,))
     arguments = command(model, data, tmp_path / "l1", "--engine-process", "own")
     killed = killed_while_bisecting(arguments, "abort", tmp_path / "killed")
     assert killed.status < 0
     ended = run(arguments, "abort", tmp_path / "said")
     assert ended.status == 0, ended.said
     assert "starting it again" in ended.said
-    assert "3 samples quarantined" in ended.said
-    assert_only_poison_is_missing(tmp_path / "l1", healthy, {0, 1, 14})
+    assert "4 samples quarantined" in ended.said
+    assert_only_poison_is_missing(tmp_path / "l1", healthy, {0, 1, 9, 14})
 
 
 def test_an_engine_in_the_drivers_process_is_moved_out_after_two_deaths(
     model: Path, healthy: Path, tmp_path: Path
 ):
-    arguments = command(model, write_poisoned(tmp_path / "data", 14), tmp_path / "l1")
+    arguments = command(model, write_poisoned(tmp_path / "data", (14,)), tmp_path / "l1")
     for number in range(2):
         assert run(arguments, "abort", tmp_path / f"said{number}").status == -6, "the poison is real"
     ended = run(arguments, "abort", tmp_path / "said")
@@ -101,7 +101,7 @@ def test_an_engine_in_the_drivers_process_is_moved_out_after_two_deaths(
 def test_an_engine_that_breaks_in_the_drivers_process_goes_on_outside_it(
     model: Path, healthy: Path, tmp_path: Path
 ):
-    arguments = command(model, write_poisoned(tmp_path / "data", 14), tmp_path / "l1")
+    arguments = command(model, write_poisoned(tmp_path / "data", (14,)), tmp_path / "l1")
     ended = run(arguments, "raise", tmp_path / "said")
     assert ended.status == 0, ended.said
     assert "starting it again" in ended.said
@@ -109,7 +109,9 @@ def test_an_engine_that_breaks_in_the_drivers_process_goes_on_outside_it(
 
 
 def test_rays_actors_outlive_poison(model: Path, healthy: Path, tmp_path: Path):
-    arguments = command(model, write_poisoned(tmp_path / "data", 3, 14), tmp_path / "l1", "--workers", "2")
+    arguments = command(
+        model, write_poisoned(tmp_path / "data", (3,), (14,)), tmp_path / "l1", "--workers", "2"
+    )
     ended = run(arguments, "abort", tmp_path / "said")
     assert ended.status == 0, ended.said
     assert "2 samples quarantined" in ended.said
@@ -118,7 +120,7 @@ def test_rays_actors_outlive_poison(model: Path, healthy: Path, tmp_path: Path):
 
 def test_the_teachers_own_answers_outlive_poison(model: Path, tmp_path: Path):
     answers = ["--responses", "teacher", "--max-new-tokens", "4", "--limit", "12"]
-    file = write_poisoned(tmp_path / "data", 3)
+    file = write_poisoned(tmp_path / "data", (3,))
     whole = run(command(model, file, tmp_path / "whole", *answers), "", tmp_path / "healthy")
     assert whole.status == 0, whole.said
     arguments = command(model, file, tmp_path / "l1", *answers, "--engine-process", "own")
