@@ -54,8 +54,8 @@ def environment(kind: str) -> dict[str, str]:
     }
 
 
-def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
-    """The console script, with parts of 12 and groups of 2."""
+def command(model: Path, data: Path, out: Path, *more: str, group: int = 1) -> list[str]:
+    """The console script, with parts of 12 that are computed in groups."""
     script = Path(sys.executable).with_name("teacher-dump")
     settings = {
         "--model": model,
@@ -63,7 +63,7 @@ def command(model: Path, data: Path, out: Path, *more: str) -> list[str]:
         "--out": out,
         "--topk": 16,
         "--part-samples": 12,
-        "--max-num-seqs": 2,
+        "--max-num-seqs": group,
         "--logits": "float32",
         "--max-quarantine": 0.5,
         "--engine-arg": "max_num_batched_tokens=512",
@@ -87,14 +87,14 @@ def start(arguments: list[str], kind: str, heard: Path) -> "subprocess.Popen[byt
 
 def run(arguments: list[str], kind: str, heard: Path) -> Ended:
     """The command until it ends."""
-    status = start(arguments, kind, heard).wait(timeout=560)
+    status = start(arguments, kind, heard).wait(timeout=1200)
     return Ended(status, heard.read_text(errors="replace"))
 
 
-def killed_while_bisecting(arguments: list[str], kind: str, heard: Path) -> Ended:
-    """The command, its driver killed once the engine was started again for the second time."""
+def killed_after_a_verdict(arguments: list[str], kind: str, heard: Path) -> Ended:
+    """The command, its driver killed once it has found the first sample that kills the engine."""
     driver = start(arguments, kind, heard)
-    while heard.read_text(errors="replace").count("starting it again") < 2:
+    while "by itself: quarantined" not in heard.read_text(errors="replace"):
         assert driver.poll() is None, heard.read_text(errors="replace")
         time.sleep(0.05)
     os.kill(driver.pid, signal.SIGKILL)

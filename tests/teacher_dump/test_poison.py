@@ -1,5 +1,6 @@
 """A picture that kills the engine's process costs its own samples and no other: by the command, for real."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests import tiny_families
 from tests.teacher_dump.poison_job import (
     NUM_SAMPLES,
     command,
-    killed_while_bisecting,
+    killed_after_a_verdict,
     run,
     write_poisoned,
 )
@@ -71,61 +72,44 @@ def assert_only_poison_is_missing(out: Path, healthy: Path, poisoned: set[int]) 
                 )
 
 
-def test_a_poison_that_samples_share_and_one_in_another_part_cost_those_samples(
-    model: Path, healthy: Path, tmp_path: Path
-):
-    """The driver is killed while it searches, too; what it had found and sealed is kept."""
+def test_poison_costs_its_own_samples_and_no_other(model: Path, healthy: Path, tmp_path: Path):
+    """Three samples of one poisonous picture and a fourth in another part.
+
+    The engine takes the driver along twice and gets a process of its own; then the driver is killed while
+    it searches. The same command each time.
+    """
     data = write_poisoned(tmp_path / "data", (0, 1, 9), (14,))
-    arguments = command(model, data, tmp_path / "l1", "--engine-process", "own")
-    killed = killed_while_bisecting(arguments, "abort", tmp_path / "killed")
-    assert killed.status < 0
-    ended = run(arguments, "abort", tmp_path / "said")
+    arguments = command(model, data, tmp_path / "l1")
+    for number in range(2):
+        assert run(arguments, "abort", tmp_path / f"aborted{number}").status == -signal.SIGABRT
+    killed = killed_after_a_verdict(arguments, "abort", tmp_path / "killed")
+    assert killed.status == -signal.SIGKILL
+    assert "the engine gets a process of its own" in killed.said
+    ended = run(arguments, "abort", tmp_path / "ended")
     assert ended.status == 0, ended.said
-    assert "starting it again" in ended.said
     assert "4 samples quarantined" in ended.said
+    found = [line.split()[1] for line in ended.said.splitlines() if line.endswith("itself: quarantined")]
+    assert len(found) == 3, "what the killed driver had found is not searched for again"
     assert_only_poison_is_missing(tmp_path / "l1", healthy, {0, 1, 9, 14})
 
 
-def test_an_engine_in_the_drivers_process_is_moved_out_after_two_deaths(
-    model: Path, healthy: Path, tmp_path: Path
-):
-    arguments = command(model, write_poisoned(tmp_path / "data", (14,)), tmp_path / "l1")
-    for number in range(2):
-        assert run(arguments, "abort", tmp_path / f"said{number}").status == -6, "the poison is real"
-    ended = run(arguments, "abort", tmp_path / "said")
-    assert ended.status == 0, ended.said
-    assert "the engine gets a process of its own" in ended.said
-    assert_only_poison_is_missing(tmp_path / "l1", healthy, {14})
-
-
-def test_an_engine_that_breaks_in_the_drivers_process_goes_on_outside_it(
-    model: Path, healthy: Path, tmp_path: Path
-):
-    arguments = command(model, write_poisoned(tmp_path / "data", (14,)), tmp_path / "l1")
-    ended = run(arguments, "raise", tmp_path / "said")
-    assert ended.status == 0, ended.said
-    assert "starting it again" in ended.said
-    assert_only_poison_is_missing(tmp_path / "l1", healthy, {14})
-
-
 def test_rays_actors_outlive_poison(model: Path, healthy: Path, tmp_path: Path):
-    arguments = command(
-        model, write_poisoned(tmp_path / "data", (3,), (14,)), tmp_path / "l1", "--workers", "2"
-    )
-    ended = run(arguments, "abort", tmp_path / "said")
+    data = write_poisoned(tmp_path / "data", (14,))
+    ended = run(command(model, data, tmp_path / "l1", "--workers", "2", group=2), "abort", tmp_path / "said")
     assert ended.status == 0, ended.said
-    assert "2 samples quarantined" in ended.said
-    assert_only_poison_is_missing(tmp_path / "l1", healthy, {3, 14})
+    assert "1 samples quarantined" in ended.said
+    assert_only_poison_is_missing(tmp_path / "l1", healthy, {14})
 
 
-def test_the_teachers_own_answers_outlive_poison(model: Path, tmp_path: Path):
+def test_the_teachers_own_answers_outlive_an_engine_that_breaks(model: Path, tmp_path: Path):
+    """A Python error in the worker, which shares the driver's process."""
     answers = ["--responses", "teacher", "--max-new-tokens", "4", "--limit", "12"]
     file = write_poisoned(tmp_path / "data", (3,))
     whole = run(command(model, file, tmp_path / "whole", *answers), "", tmp_path / "healthy")
     assert whole.status == 0, whole.said
-    arguments = command(model, file, tmp_path / "l1", *answers, "--engine-process", "own")
-    ended = run(arguments, "abort", tmp_path / "said")
+    ended = run(command(model, file, tmp_path / "l1", *answers), "raise", tmp_path / "said")
     assert ended.status == 0, ended.said
+    assert "poisonous picture" in ended.said
     with CacheReader(str(tmp_path / "l1")) as found, CacheReader(str(tmp_path / "whole")) as wanted:
         assert set(found.sample_ids) == set(wanted.sample_ids) - {"s003"}
         for name in found.sample_ids:
@@ -136,8 +120,8 @@ def test_the_teachers_own_answers_outlive_poison(model: Path, tmp_path: Path):
 
 def test_an_engine_that_dies_of_every_picture_ends_the_dump_in_words(model: Path, tmp_path: Path):
     data = write_poisoned(tmp_path / "data")
-    arguments = command(model, data, tmp_path / "l1", "--engine-process", "own", "--max-engine-restarts", "2")
-    ended = run(arguments, "all", tmp_path / "said")
+    own = ["--engine-process", "own", "--max-engine-restarts", "1"]
+    ended = run(command(model, data, tmp_path / "l1", *own), "all", tmp_path / "said")
     assert ended.status == 2
-    assert "after 2 starts: as many as --max-engine-restarts allows" in ended.said
+    assert "after 1 starts: as many as --max-engine-restarts allows" in ended.said
     assert "Traceback" not in ended.said
