@@ -100,12 +100,12 @@ def _read_names(file: Path) -> frozenset[str] | None:
             return None
         length = struct.unpack("<Q", first[:8])[0] if len(first) >= 8 else None
         if length is None or length > min(size - 8, _MOST_HEADER_BYTES):
-            raise _truncated(file, size, "which end within its header")
+            raise _not_whole(file, size, "which end within its header")
         stream.seek(8)
         header = _read_header(file, stream.read(length))
     wanted = 8 + length + max((each[1] for each in header.values()), default=0)
-    if size < wanted:
-        raise _truncated(file, size, f"its header tells of {wanted:,}")
+    if size != wanted:
+        raise _not_whole(file, size, f"its header tells of {wanted:,}")
     return frozenset(header)
 
 
@@ -125,8 +125,8 @@ def _read_header(file: Path, text: bytes) -> dict[str, tuple[int, int]]:
         ) from error
 
 
-def _truncated(file: Path, size: int, what: str) -> ConfigError:
-    return ConfigError(f"{file} is cut short: it has {size:,} bytes, {what}; copy or download it again")
+def _not_whole(file: Path, size: int, what: str) -> ConfigError:
+    return ConfigError(f"{file} is not whole: it has {size:,} bytes, {what}; copy or download it again")
 
 
 def _check_tensors(index: Path, places: dict[str, str], tensors: dict[str, frozenset[str] | None]) -> None:

@@ -85,11 +85,13 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     quarantine = QuarantineLog(
         config, len(plan.order), [read_seal(writer.store, part) for part in sorted(sealed)]
     )
+    job = Job(config, writer, teacher, todo, quarantine, say)
     if todo:
         check_disk(config, describe(config, teacher, plan, todo, preparer, source))
         run = run_workers if config.workers > 1 or config.ray is not None else run_here
-        run(Job(config, writer, teacher, todo, quarantine, say), preparer)
+        run(job, preparer)
     writer.finalize()
+    job.attempts.tidy(writer.sealed)
     return {
         "cache": config.out,
         "parts": plan.num_parts,
@@ -161,7 +163,6 @@ def run_here(job: Job, preparer: Preparer) -> None:
             engine, job.config, job.teacher, job.writer.manifest.capture, job.say_beside_bar
         )
         run_parts(job, capture, preparer)
-    job.attempts.tidy(job.writer.sealed)
 
 
 def run_parts(job: Job, capture: PartCapture, preparer: Preparer) -> None:
@@ -196,7 +197,6 @@ def run_workers(job: Job, _: Preparer) -> None:
             job.quarantine.check(list(seal.quarantined))
             job.quarantine.add(seal)
             bar.update(sizes[part])
-    job.attempts.tidy(job.writer.sealed)
 
 
 def _bar(num_samples: int) -> Any:

@@ -82,15 +82,14 @@ class Isolation:
             EngineStopped: The engine is to blame, or was started again too often.
             EngineError: It does not start again.
         """
-        results: dict[str, Result] = {}
         self._in_vain, self._lives = 0, False
         for _ in range(_DEATHS):
-            if self._survives(group, results):
-                break
-        else:
-            results |= {each.sample_id: each for each in group if isinstance(each, Quarantined)}
-            self._isolate([each for each in group if isinstance(each, Prepared)], results, attempt)
-        return [results[each.sample_id] for each in group]
+            found = self._tried(group)
+            if found is not None:
+                return found
+        results: dict[str, Result] = {}
+        self._isolate([each for each in group if isinstance(each, Prepared)], results, attempt)
+        return [each if isinstance(each, Quarantined) else results[each.sample_id] for each in group]
 
     def prepare(self, action: Callable[[], None]) -> None:
         """Have the engine do what a fresh one has no need of; one that died meanwhile is started again.
@@ -135,16 +134,21 @@ class Isolation:
             attempt.condemn(condemned)
         self._say(f"{item.sample_id} killed the engine {_DEATHS} times by itself: quarantined")
 
-    def _survives(self, items: Sequence[Item], results: dict[str, Result]) -> bool:
-        """Whether the engine computes these, with their results; else it is started again."""
+    def _survives(self, items: Sequence[Prepared], results: dict[str, Result]) -> bool:
+        """Whether the engine computes these; if so, their results are added."""
+        found = self._tried(items)
+        results |= {item.sample_id: each for item, each in zip(items, found or (), strict=False)}
+        return found is not None
+
+    def _tried(self, items: Sequence[Item]) -> list[Result] | None:
+        """Results in order; None when the engine died of them and was started again."""
         try:
             found = self._compute(items)
         except EngineStopped as error:
             self._restart(error, len(items))
-            return False
-        results.update({item.sample_id: each for item, each in zip(items, found, strict=True)})
+            return None
         self._lives = True
-        return True
+        return found
 
     def _restart(self, error: EngineStopped, num_samples: int) -> None:
         if not self._allowed:

@@ -64,9 +64,13 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: _edit(m, lambda places: places.update({"a.b": SHARDS[0]})),
         f"{SHARDS[0]} holds no tensor a.b",
     ),
-    "cut-data": (lambda m: _cut(m / SHARDS[2], (m / SHARDS[2]).stat().st_size - 1), "00003.* is cut short"),
-    "cut-header": (lambda m: _cut(m / SHARDS[2], 50), "cut short: it has 50 bytes"),
-    "empty-shard": (lambda m: _cut(m / SHARDS[2], 0), "cut short: it has 0 bytes"),
+    "cut-data": (lambda m: _cut(m / SHARDS[2], (m / SHARDS[2]).stat().st_size - 1), "00003.* is not whole"),
+    "cut-header": (lambda m: _cut(m / SHARDS[2], 50), "not whole: it has 50 bytes"),
+    "empty-shard": (lambda m: _cut(m / SHARDS[2], 0), "not whole: it has 0 bytes"),
+    "longer": (
+        lambda m: (m / SHARDS[2]).write_bytes((m / SHARDS[2]).read_bytes() + b"x"),
+        "not whole: it has .* its header tells of",
+    ),
     "no-safetensors": (lambda m: (m / SHARDS[0]).write_bytes(bytes(8) + b"x" * 99), "is no safetensors"),
     "pointer": (
         lambda m: (m / SHARDS[0]).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),

@@ -17,5 +17,5 @@ def test_a_cut_checkpoint_is_refused_before_the_run_starts(
     with (student / "model.safetensors").open("r+b") as file:
         file.truncate(5000)
     assert main(["--cache", str(cache), "--student", str(student), "--out", str(run)]) == 2
-    assert "is cut short: it has 5,000 bytes" in capsys.readouterr().err
+    assert "is not whole: it has 5,000 bytes" in capsys.readouterr().err
     assert not run.exists()
