@@ -95,6 +95,8 @@ class DumpConfig(ProcessorOptions):
     """Address of a Ray cluster for the workers (`auto`: the one this machine is in); else this machine."""
     engine_process: Literal["auto", "own", "same"] = "auto"
     """Run vLLM in a process of its own or in this one; auto: in this one on a CPU with one worker."""
+    batch_invariant: bool = False
+    """Values that do not depend on which samples are computed together (GPUs; slower)."""
     engine_arg: tuple[str, ...] = ()
     """Any other vLLM engine argument as key=value; may be given several times."""
     capture: Literal["hooks", "prompt-logprobs"] = "hooks"

@@ -81,6 +81,11 @@ def dump_parts(
         cores, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
         share = max(1, cores // config.workers)
         needs = config.tensor_parallel * config.pipeline_parallel
+        if gpus and gpus < needs * config.workers:
+            raise ConfigError(
+                f"--workers {config.workers} with {needs} GPUs each need {needs * config.workers}, the Ray "
+                f"cluster has {gpus}; ask for fewer --workers"
+            )
         data = ray.data.from_items([{"part": part.index} for part in todo], override_num_blocks=len(todo))
         done = data.map_batches(
             PartActor,

@@ -24,6 +24,7 @@ from teacher_dump.attempts import AttemptLog, attempts_place
 from teacher_dump.config import DumpConfig
 from teacher_dump.cost import check_disk, describe
 from teacher_dump.faults import find_faults
+from teacher_dump.fit import check_machine
 from teacher_dump.level import (
     check_settings,
     choose_out,
@@ -70,6 +71,8 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     preparer = Preparer(
         source, teacher.processor, max_len=longest(config, teacher), asks=config.teacher_answers
     )
+    if not config.dry_run or config.sample_estimate is not None:
+        check_machine(config, teacher, max_len=longest(config, teacher))
     if config.plans_only:
         return preview(config, teacher, plan, preparer, source)
     manifest = make_manifest(config, source, teacher, plan)

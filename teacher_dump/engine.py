@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from common.chat import Prompt
 from common.errors import CascacheError, ConfigError, EngineError, EngineStopped
+from teacher_dump.environment import BATCH_INVARIANT
 from teacher_dump.request import (
     EXTRA_ARG,
     ROWS_MISSING,
@@ -116,6 +117,8 @@ class EngineSettings:
     """Run in this process (a rerun gives the same bits; dies with it); None: on a CPU with one worker."""
     prefix_cache: bool = False
     """Whether later samples take up what earlier ones computed of a common prefix."""
+    batch_invariant: bool = False
+    """Have vLLM choose kernels whose values do not depend on what is computed together."""
     seed: int = 0
     """vLLM's own; answers carry seeds of their own."""
     any_version: bool = False
@@ -192,6 +195,8 @@ class Engine:
             EngineError: It is missing, untested, or lacks what the capture hooks.
             ConfigError: It refuses the settings.
         """
+        if self.settings.batch_invariant:
+            os.environ[BATCH_INVARIANT] = "1"  # read while vllm's modules are imported
         vllm = import_vllm(any_version=self.settings.any_version)
         arguments = self._arguments()
         self._stopped = self._masked = False

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 Answer = TypeVar("Answer")
 
-_LAST_WORDS_SECONDS = 5.0  # a process that dies of an error has sent it; vLLM raises that one
+_LAST_WORDS_SECONDS = 3.0  # a process that dies of an error has sent it; vLLM raises that one
 _STARTED = 22 - 3  # field 22 of /proc/PID/stat, counted behind the name in brackets
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from common.errors import EngineError
 from common.processor import load_processor
-from teacher_dump.engine import Engine, Question
+from teacher_dump.engine import Engine, Question, Submission
 from tests.teacher_dump.engine_job import settings
 from tests.teacher_dump.examples import prepare, samples, submission
 
@@ -56,11 +56,15 @@ class Watched:
         self.done.set()
 
 
-def same(models: Path) -> Any:
-    """Every sample captured in this process."""
+def same(models: Path) -> dict[str, Any]:
+    """Every sample captured in this process, alone and all together."""
     processor = load_processor(str(models / FAMILY))
     with Engine(settings(models / FAMILY)) as engine:
-        return engine.run([submission(prepare(processor, each)) for each in samples()])
+        return _capture(engine, [submission(prepare(processor, each)) for each in samples()])
+
+
+def _capture(engine: Engine, work: list[Submission]) -> dict[str, Any]:
+    return {"alone": [engine.run([each])[0] for each in work], "together": engine.run(work)}
 
 
 def own(models: Path) -> dict[str, Any]:
@@ -69,12 +73,12 @@ def own(models: Path) -> dict[str, Any]:
     items = [prepare(processor, each) for each in samples()]
     with Watched() as titles:
         engine = Engine(settings(models / FAMILY, inside=False)).__enter__()
-    captured = engine.run([submission(each) for each in items])
+    captured = _capture(engine, [submission(each) for each in items])
     text = items[-1]
     long = replace(text.prompt, prompt_ids=np.tile(text.prompt.prompt_ids, 60))
     question = Question(text.prompt, (), max_tokens=0, temperature=0.0, seed=1, banned=())
     answer = {
-        "captured": captured,
+        **captured,
         "titles": titles,
         "too long": engine.run([replace(submission(text), prompt=long)])[0],
         "no room": engine.answer([question])[0],
@@ -88,7 +92,7 @@ def own(models: Path) -> dict[str, Any]:
     return answer
 
 
-def _stops(engine: Engine, work: list[Any]) -> str:
+def _stops(engine: Engine, work: list[Submission]) -> str:
     try:
         while True:
             engine.run(work)
