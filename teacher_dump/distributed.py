@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -87,21 +88,24 @@ def dump_parts(
                 f"cluster has {gpus}; ask for fewer --workers"
             )
         data = ray.data.from_items([{"part": part.index} for part in todo], override_num_blocks=len(todo))
-        done = data.map_batches(
-            PartActor,
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=config.workers, max_tasks_in_flight_per_actor=1),
-            fn_constructor_kwargs={
-                "config": _portable(config, teacher).model_dump_json(by_alias=True),
-                "manifest": manifest.model_dump_json(),
-                "attempts": str(attempts_place(config.out)),
-                "cores": 0 if gpus else share,
-            },
-            num_cpus=1 if gpus else share,
-            num_gpus=needs if gpus else 0,
-            max_restarts=_MOST_RESTARTS,
-            max_task_retries=_MOST_RETRIES,
-        )
+        with warnings.catch_warnings():
+            # Ray 2.60 wants named parameters; for restarts and retries, unbounded by default, it has none.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)
+            done = data.map_batches(
+                PartActor,
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(size=config.workers, max_tasks_in_flight_per_actor=1),
+                fn_constructor_kwargs={
+                    "config": _portable(config, teacher).model_dump_json(by_alias=True),
+                    "manifest": manifest.model_dump_json(),
+                    "attempts": str(attempts_place(config.out)),
+                    "cores": 0 if gpus else share,
+                },
+                num_cpus=1 if gpus else share,
+                num_gpus=needs if gpus else 0,
+                max_restarts=_MOST_RESTARTS,
+                max_task_retries=_MOST_RETRIES,
+            )
         for row in done.iter_rows():
             for line in str(row["said"]).splitlines():
                 say(line)
