@@ -11,11 +11,12 @@ vocabulary, template or image size does not.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.weights_digest import weights_sha256 as weights_sha256  # one of the fingerprints
 from schemas.manifest import Fingerprints
 
 _PROBE_TEXT = (
@@ -67,8 +68,6 @@ _TOKEN_COUNT_SETTINGS = (
 
 _NAMES_IN_CONFIG = frozenset({"_name_or_path", "transformers_version"})
 
-_CHUNK_BYTES = 1 << 20
-
 
 def fingerprints(processor: Any) -> Fingerprints:
     """Return what a student must match to train from a cache dumped with `processor`.
@@ -111,26 +110,6 @@ def image_processor_fingerprint(processor: Any) -> str:
     return _hash_json([_plain(settings), _plain({k: v for k, v in counts.items() if v is not None})])
 
 
-def weights_sha256(directory: Path) -> str:
-    """Hash a model directory's weight files, in name order.
-
-    Args:
-        directory: A local model directory, or the snapshot directory of a hub model.
-
-    Raises:
-        ConfigError: The directory holds no weight file.
-    """
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
-    if not files:
-        raise ConfigError(f"{directory} holds no *.safetensors or *.bin weights; is it a model directory?")
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        for chunk in _chunks(file):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def config_sha256(directory: Path) -> str:
     """Hash a model directory's `config.json`, without the names and versions of who saved it.
 
@@ -142,12 +121,6 @@ def config_sha256(directory: Path) -> str:
         raise ConfigError(f"{directory} has no config.json; is it a model directory?")
     settings = json.loads(file.read_text(encoding="utf-8"))
     return _hash_json({name: value for name, value in settings.items() if name not in _NAMES_IN_CONFIG})
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            yield chunk
 
 
 def _plain(value: Any) -> Any:

@@ -101,3 +101,8 @@ def check_processor(processor: Any, path: str) -> None:
         raise ConfigError(f"{path} has only a slow tokenizer, which gives no offsets; add tokenizer.json")
     if not isinstance(getattr(processor, "image_token", None), str):
         raise ConfigError(f"{path}: {type(processor).__name__} names no image token")
+    if processor.image_token not in tokenizer.get_vocab():
+        raise ConfigError(
+            f"{path}: the processor marks images with {processor.image_token!r}, which is no token of its "
+            "tokenizer; mend processor_config.json, or use the tokenizer that belongs to it"
+        )

@@ -14,6 +14,7 @@ from common.cache.layout import identity_sha256
 from common.cache.own_samples import OwnSamples
 from common.cache.reader import CacheReader
 from common.cache.trust import require_root
+from common.checkpoint_files import check_checkpoint
 from common.compat import require_fit
 from common.data.open import open_source, recorded_path
 from common.data.source import SampleSource
@@ -180,6 +181,8 @@ def make_plan(config: TrainConfig) -> Plan:
     if config.eval_steps and held_out is None:
         raise ConfigError("--eval-steps needs questions; name held-out samples with --eval")
     student = choose_student(config.student, levels[0])
+    if student.revision is None:
+        check_checkpoint(Path(student.path_or_id))
     shape = read_shape(student.path_or_id, revision=student.revision)
     processor = load_processor(student.path_or_id, revision=student.revision, options=config)
     notes = [

@@ -14,11 +14,7 @@ Every rank of a tensor-parallel group walks the same chunks, because `compute_lo
 rank that writes is the first one of the last pipeline stage.
 """
 
-import os
-import platform
-import select
-import signal
-import threading
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,6 +39,7 @@ from teacher_dump.request import (
     uniforms,
 )
 from teacher_dump.seams import Slice, attach, find_head, mend_pipeline, real_rows
+from teacher_dump.watch import Driver, end_with
 
 Rows = NDArray[np.int64]
 
@@ -115,15 +112,14 @@ class Tracked:
 class CaptureExtension:
     """Mixed into the vLLM worker; its methods are called by name through `collective_rpc`."""
 
-    def cascache_install(self, settings: dict[str, Any], driver: int, host: str) -> dict[str, Any]:
+    def cascache_install(self, settings: dict[str, Any], driver: dict[str, Any]) -> dict[str, Any]:
         """Hook the model runner. Returns who this worker is, or `{"problem": …}`.
 
         Args:
             settings: Fields of `CaptureSettings`.
-            driver: Process that asked; the worker ends with it.
-            host: Machine that `driver` runs on.
+            driver: Fields of the `Driver` that asked; the worker ends with it.
         """
-        _die_with(driver, host)
+        end_with(Driver(**driver))
         runner = self.model_runner  # type: ignore[attr-defined]
         stage, group = get_pp_group(), get_tp_group()
         writer = stage.is_last_rank and group.rank_in_group == 0
@@ -149,6 +145,19 @@ class CaptureExtension:
         with torch.inference_mode():
             gram = head_gram(real_rows(head, settings["vocab_size"]))
             return get_tp_group().all_reduce(gram) if getattr(head, "tp_size", 1) > 1 else gram
+
+    def cascache_mask_padding(self) -> None:
+        """Give padding rows of the head no probability from here on: they are never drawn."""
+        model = self.model_runner.model  # type: ignore[attr-defined]
+        inner, size = model.compute_logits, self._cascache.settings.vocab_size
+
+        def compute_logits(*arguments: Any, **options: Any) -> Any:
+            logits = inner(*arguments, **options)
+            if logits is not None:  # as on ranks that do not sample
+                logits[:, size:] = -math.inf
+            return logits
+
+        model.compute_logits = compute_logits
 
     def cascache_drain(self) -> list[dict[str, Any]]:
         """Finished results since the last call, in wire form; none from ranks that do not write."""
@@ -340,21 +349,6 @@ def _buffer(asked: list[tuple[str, NDArray[np.int32]]], length: int, settings: C
 
 def _concatenate(rows: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
     return np.concatenate([np.empty(0, np.int32), *rows])
-
-
-def _die_with(driver: int, host: str) -> None:
-    """End this worker and its engine process when the driver is gone: a killed dump leaves nothing behind."""
-    if driver == os.getpid() or host != platform.node() or not hasattr(os, "pidfd_open"):
-        return
-    alive, engine = os.pidfd_open(driver), os.getppid()
-
-    def watch() -> None:
-        select.select([alive], [], [])
-        if engine != driver and os.getppid() == engine:
-            os.kill(engine, signal.SIGKILL)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="cascache-watch", daemon=True).start()
 
 
 def _to(rows: Rows, device: torch.device) -> Tensor:

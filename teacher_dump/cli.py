@@ -1,7 +1,6 @@
 """The command `teacher-dump`: read the settings, hand over, say what came of it."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from common.errors import CascacheError, tell_os_error
 from common.extras import tell_missing_module
 from common.settings import load_settings
 from teacher_dump.config import AuditConfig, DumpConfig
+from teacher_dump.environment import prepare_environment
 
 _EPILOG = """examples:
   teacher-dump --model tiny                             the shipped teacher on the built-in images
@@ -29,14 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     escape_unprintable()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    prepare_environment()
     try:
         if arguments[:1] == ["verify"]:
             return _verify(arguments[1:])
         config = load_settings(DumpConfig, arguments, prog="teacher-dump", epilog=_EPILOG)
         if config.status:
             return _status(config)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from teacher_dump.dump import dump
 
         result = dump(config, _say)

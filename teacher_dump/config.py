@@ -93,6 +93,10 @@ class DumpConfig(ProcessorOptions):
     """Engines that dump parts side by side, through Ray; each on its own share of cores or GPUs."""
     ray: str | None = None
     """Address of a Ray cluster for the workers (`auto`: the one this machine is in); else this machine."""
+    engine_process: Literal["auto", "own", "same"] = "auto"
+    """Run vLLM in a process of its own or in this one; auto: in this one on a CPU with one worker."""
+    batch_invariant: bool = False
+    """Values that do not depend on which samples are computed together (GPUs; slower)."""
     engine_arg: tuple[str, ...] = ()
     """Any other vLLM engine argument as key=value; may be given several times."""
     capture: Literal["hooks", "prompt-logprobs"] = "hooks"
@@ -102,6 +106,9 @@ class DumpConfig(ProcessorOptions):
     """Try a vLLM release that was neither tested nor checked by its source."""
     max_quarantine: float = Field(0.05, ge=0, le=1)
     """Largest share of samples that may be unusable before the dump stops."""
+    max_engine_restarts: int = Field(64, ge=0)
+    """Times that an engine that died is started again in one run, to find the sample that kills it; 0 ends
+    the dump at the first death."""
     threads: int = Field(4, ge=1)
     """Threads that read images and tokenise ahead of the engine."""
     seed: int = Field(0, ge=0, lt=2**64)

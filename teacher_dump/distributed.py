@@ -15,18 +15,23 @@ import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+from common.cache.layout import identity_sha256
 from common.cache.writer import CacheWriter
 from common.data.open import open_source
 from common.errors import CascacheError, ConfigError, EngineError, EngineStopped
 from common.models import resolve_model
 from schemas.manifest import Manifest
+from teacher_dump.attempts import AttemptLog, attempts_place
 from teacher_dump.config import DumpConfig
+from teacher_dump.environment import prepare_environment
 from teacher_dump.level import engine_settings, longest, plan_dump
 from teacher_dump.parts import make_capture, write_part
 from teacher_dump.plan import Part
@@ -35,6 +40,11 @@ from teacher_dump.public import choose_engine
 from teacher_dump.teacher import Teacher, find_teacher
 
 _OBJECT_STORE_BYTES = 128 * 2**20
+_MOST_RESTARTS = 16
+"""Times that Ray starts one actor again after its process died."""
+_MOST_RETRIES = 5
+"""Times that one part is tried again after its actor's process died; `CAREFUL_AFTER` of them find out that
+the engine should not share the actor's process."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -42,7 +52,14 @@ _QUIET = {
 }
 
 
-def dump_parts(config: DumpConfig, manifest: Manifest, teacher: Teacher, todo: list[Part]) -> Iterator[int]:
+def dump_parts(
+    config: DumpConfig,
+    manifest: Manifest,
+    teacher: Teacher,
+    todo: list[Part],
+    *,
+    say: Callable[[str], None],
+) -> Iterator[int]:
     """Have every part of `todo` written by `config.workers` actors.
 
     Args:
@@ -50,6 +67,7 @@ def dump_parts(config: DumpConfig, manifest: Manifest, teacher: Teacher, todo: l
         manifest: The level's identity.
         teacher: Found by the driver.
         todo: Parts that are not sealed.
+        say: Takes one line for the user.
 
     Yields:
         Index of each part once it is sealed, in whatever order they are done.
@@ -64,25 +82,50 @@ def dump_parts(config: DumpConfig, manifest: Manifest, teacher: Teacher, todo: l
         cores, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
         share = max(1, cores // config.workers)
         needs = config.tensor_parallel * config.pipeline_parallel
+        if gpus and gpus < needs * config.workers:
+            raise ConfigError(
+                f"--workers {config.workers} with {needs} GPUs each need {needs * config.workers}, the Ray "
+                f"cluster has {gpus}; ask for fewer --workers"
+            )
         data = ray.data.from_items([{"part": part.index} for part in todo], override_num_blocks=len(todo))
-        done = data.map_batches(
-            PartActor,
-            batch_size=None,
-            compute=ray.data.ActorPoolStrategy(size=config.workers, max_tasks_in_flight_per_actor=1),
-            fn_constructor_kwargs={
-                "config": _portable(config, teacher).model_dump_json(by_alias=True),
-                "manifest": manifest.model_dump_json(),
-                "cores": 0 if gpus else share,
-            },
-            num_cpus=1 if gpus else share,
-            num_gpus=needs if gpus else 0,
-        )
+        with warnings.catch_warnings():
+            # Ray 2.60 wants named parameters; for restarts and retries, unbounded by default, it has none.
+            warnings.filterwarnings("ignore", message=".*ray_remote_args", category=DeprecationWarning)
+            done = data.map_batches(
+                PartActor,
+                batch_size=None,
+                compute=ray.data.ActorPoolStrategy(size=config.workers, max_tasks_in_flight_per_actor=1),
+                fn_constructor_kwargs={
+                    "config": _portable(config, teacher).model_dump_json(by_alias=True),
+                    "manifest": manifest.model_dump_json(),
+                    "attempts": str(attempts_place(config.out)),
+                    "cores": 0 if gpus else share,
+                },
+                num_cpus=1 if gpus else share,
+                num_gpus=needs if gpus else 0,
+                max_restarts=_MOST_RESTARTS,
+                max_task_retries=_MOST_RETRIES,
+            )
         for row in done.iter_rows():
+            for line in str(row["said"]).splitlines():
+                say(line)
             if row["error"]:
                 raise _ERRORS.get(row["kind"], EngineError)(str(row["error"]))
             yield int(row["part"])
+    except ray.exceptions.RayError as error:
+        raise EngineStopped(_lost(error)) from error
     finally:
         ray.shutdown()
+
+
+def _lost(error: Exception) -> str:
+    """What to say when Ray gave up."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"Ray lost a worker more than {_MOST_RETRIES} times in one part, or {_MOST_RESTARTS} times in all: "
+        f"{first}; a machine out of memory kills workers (fewer --workers, smaller --max-num-seqs); "
+        "run the same command again to resume"
+    )
 
 
 def _start(config: DumpConfig) -> Any:
@@ -135,18 +178,23 @@ def _portable(config: DumpConfig, teacher: Teacher) -> DumpConfig:
 class PartActor:
     """Lives in a Ray worker: owns an engine and writes whole parts."""
 
-    def __init__(self, config: str, manifest: str, cores: int) -> None:
+    def __init__(self, config: str, manifest: str, attempts: str, cores: int) -> None:
         """Start the engine; what goes wrong is kept for the first part to tell.
 
         Args:
             config: `DumpConfig` as JSON.
             manifest: `Manifest` as JSON.
+            attempts: Directory of the `AttemptLog`.
             cores: Cores to bind to, or 0 for none.
         """
+        prepare_environment()
         self._problem: CascacheError | None = None
         self._held = bind_cores(cores) if cores else None
+        self._said: list[str] = []
+        identity = Manifest.model_validate_json(manifest)
+        self._attempts = AttemptLog(Path(attempts), identity_sha256(identity))
         try:
-            self._open(DumpConfig.model_validate_json(config), Manifest.model_validate_json(manifest))
+            self._open(DumpConfig.model_validate_json(config), identity)
         except CascacheError as error:
             self._problem = error
 
@@ -161,8 +209,13 @@ class PartActor:
             source, teacher.processor, max_len=longest(config, teacher), asks=config.teacher_answers
         )
         self._writer = CacheWriter.open(config.out, manifest)
-        engine = choose_engine(engine_settings(config, teacher, manifest.capture))
-        self._capture = make_capture(engine.__enter__(), config, teacher, manifest.capture)
+        settings = engine_settings(config, teacher, manifest.capture)
+        deadly = self._attempts.deadly(part.index for part in self._plan.todo(self._writer.sealed))
+        if deadly:
+            settings = replace(settings, inside=False)
+            self._said.append(f"workers died in part {deadly[0]}: the engine gets a process of its own")
+        engine = choose_engine(settings).__enter__()
+        self._capture = make_capture(engine, config, teacher, manifest.capture, self._said.append)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Write the parts of a batch; an error stands in the row of its part."""
@@ -170,6 +223,7 @@ class PartActor:
         return {
             "part": np.asarray(batch["part"]),
             "kind": np.array([type(error).__name__ if error else "" for error in errors]),
+            "said": np.array(["\n".join(self._take_said())] * len(errors)),
             "error": np.array([str(error) if error else "" for error in errors]),
         }
 
@@ -184,10 +238,15 @@ class PartActor:
                     self._capture,
                     self._preparer,
                     threads=self._config.threads,
+                    attempts=self._attempts,
                 )
         except CascacheError as error:
             return error
         return None
+
+    def _take_said(self) -> list[str]:
+        said, self._said[:] = list(self._said), []
+        return said
 
 
 def bind_cores(count: int) -> IO[str]:

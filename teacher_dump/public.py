@@ -46,6 +46,12 @@ class PublicEngine(Engine):
     def _install(self) -> tuple[str, str]:
         return "public", str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
 
+    def _mask_padding(self) -> None:
+        """No worker takes orders here: all banned ids go with each question."""
+
+    def _biased(self, banned: Sequence[int]) -> list[int]:
+        return list(banned)
+
     def _wishes(self, submission: Submission, *, whole: bool) -> dict[str, Any]:
         return {"prompt_logprobs": self.num_asked, "flat_logprobs": True}
 

@@ -11,6 +11,12 @@ from teacher_dump.config import DumpConfig
 log = logging.getLogger(__name__)
 
 
+def place_beside(out: str, suffix: str) -> Path:
+    """Path of what is written beside a cache: in the working directory for one in an object store."""
+    place = out.rstrip("/")
+    return Path(f"{place.rpartition('/')[2] if '://' in place else place}.{suffix}")
+
+
 class QuarantineLog:
     """`<out>.quarantine.jsonl`: one line per sample that has no record, and the limit on them.
 
@@ -18,8 +24,7 @@ class QuarantineLog:
     """
 
     def __init__(self, config: DumpConfig, num_samples: int, sealed: list[PartSeal]) -> None:
-        place = config.out.rstrip("/")
-        self.path = Path(f"{place.rpartition('/')[2] if '://' in place else place}.quarantine.jsonl")
+        self.path = place_beside(config.out, "quarantine.jsonl")
         self.count = 0
         self._allowed = config.max_quarantine * num_samples
         self._share, self._num_samples = config.max_quarantine, num_samples

@@ -7,7 +7,8 @@
 When the sample that asked for an image is refused, the others ask again in a wave of their own.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +20,9 @@ from common.spans import response_rows
 from common.streams import stream
 from schemas.manifest import Capture, Quarantined
 from teacher_dump.answers import Answerer
+from teacher_dump.attempts import Attempt
 from teacher_dump.engine import Engine, Submission
+from teacher_dump.isolate import Isolation
 from teacher_dump.prompts import Prepared
 from teacher_dump.request import (
     Captured,
@@ -29,6 +32,8 @@ from teacher_dump.request import (
     ImageIdentity,
     hash_tokens,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,8 @@ class PartCapture:
         wave: int,
         answerer: Answerer | None = None,
         with_images: bool = False,
+        restarts: int = 0,
+        say: Callable[[str], None] = log.warning,
     ) -> None:
         """Start with nothing known.
 
@@ -61,27 +68,38 @@ class PartCapture:
             wave: Samples submitted together.
             answerer: Answers samples first, where the teacher gives the responses.
             with_images: Whether records carry the encoded image files.
+            restarts: Times that an engine that died may be started again.
+            say: Takes one line about each.
         """
         self._engine, self._capture, self.wave, self._answerer = engine, capture, wave, answerer
         self._with_images = with_images
         self._bank: dict[str, VisualRecord] = {}
+        self._isolation = Isolation(self._run_wave, engine.restart, restarts=restarts, say=say)
 
-    def run(self, items: Iterable[Prepared | Quarantined]) -> Iterator[list[Record | Quarantined]]:
+    def run(
+        self, items: Iterable[Prepared | Quarantined], attempt: Attempt | None = None
+    ) -> Iterator[list[Record | Quarantined]]:
         """Results of one part, wave by wave, in order.
 
+        Args:
+            items: The part's samples, prepared.
+            attempt: Knows samples that killed the engine before, and takes those that do now.
+
         Raises:
-            EngineError: The engine itself broke.
+            EngineStopped: The engine died, and no sample is to blame or it was started again too often.
+            EngineError: It does not start again.
         """
         self._bank.clear()
-        self._engine.forget()  # a part's values must not depend on the parts before it
+        self._isolation.prepare(self._engine.forget)  # a part's values must not depend on the parts before it
+        condemned = attempt.condemned if attempt is not None else {}
         wave: list[Prepared | Quarantined] = []
         for item in items:
-            wave.append(item)
+            wave.append(condemned.get(item.sample_id, item))
             if len(wave) == self.wave:
-                yield self._run_wave(wave)
+                yield self._isolation.run(wave, attempt)
                 wave = []
         if wave:
-            yield self._run_wave(wave)
+            yield self._isolation.run(wave, attempt)
 
     def _run_wave(self, wave: Sequence[Prepared | Quarantined]) -> list[Record | Quarantined]:
         wave = wave if self._answerer is None else self._answerer(wave)

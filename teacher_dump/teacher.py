@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import ConfigError
+from common.checkpoint_files import check_checkpoint
+from common.devices import find_devices, vllm_build
+from common.errors import ConfigError, EngineError
 from common.fingerprint import config_sha256, weights_sha256
 from common.models import ModelRef
 from common.processor import ProcessorOptions, load_processor
@@ -63,11 +65,17 @@ class Teacher:
 
     def rate(self) -> float | None:
         """Positions a second, guessed from the weights' size and the device; None without weights."""
-        import torch
-
         size = sum(each.stat().st_size for each in self.path.glob("*.safetensors"))
-        flops = _GPU_FLOPS if torch.cuda.is_available() else _CPU_FLOPS
+        flops = _GPU_FLOPS if _has_gpu() else _CPU_FLOPS
         return flops / (2 * size / (4 if self.dtype == "float32" else 2)) if size else None
+
+
+def _has_gpu() -> bool:
+    """Whether vLLM would compute on a GPU; torch is not asked, which would initialise CUDA in the driver."""
+    try:
+        return "cpu" not in (vllm_build() or "") and bool(find_devices())
+    except EngineError:  # a dry run needs no driver that works
+        return False
 
 
 def find_teacher(
@@ -82,11 +90,13 @@ def find_teacher(
         options: How its processor is set.
 
     Raises:
-        ConfigError: It cannot be found, or is no vision-language model.
+        ConfigError: It cannot be found, is not whole, or is no vision-language model.
     """
     from transformers import AutoConfig
 
     path, revision = _locate(ref, with_weights)
+    if with_weights or ref.revision is None:
+        check_checkpoint(path)
     try:
         config = AutoConfig.from_pretrained(path)
         text = config.get_text_config()

@@ -18,7 +18,12 @@ MAY_IMPORT = {
 }
 DOORS = {
     "zarr": ("common/cache/",),
-    "vllm": ("teacher_dump/engine.py", "teacher_dump/capture.py", "teacher_dump/seams.py"),
+    "vllm": (
+        "teacher_dump/engine.py",
+        "teacher_dump/start.py",
+        "teacher_dump/capture.py",
+        "teacher_dump/seams.py",
+    ),
     "obstore": ("common/cache/",),
     "ray": ("teacher_dump/distributed.py",),
 }

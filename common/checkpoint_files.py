@@ -1,0 +1,146 @@
+"""Whether a model directory's weight files are all there and whole, told without reading a tensor.
+
+    model.safetensors.index.json      names tensors and the shard that each is in
+    model-00001-of-00003.safetensors  8 bytes: length of the header; the header: JSON; then the tensors
+    model-00002-of-00003.safetensors
+
+Loading finds the same faults, minutes later and in the words of another library. Only headers are read:
+a few megabytes for the largest models. A directory without any weights passes: not every command needs them.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(?P<kind>safetensors|bin)")
+_MOST_HEADER_BYTES = 100_000_000  # what the safetensors library reads at most
+_POINTER = b"version https://git-lfs"
+
+
+def check_checkpoint(directory: Path) -> None:
+    """Refuse a directory whose weight files are not all there, or not whole.
+
+    Args:
+        directory: A local model directory, or the snapshot directory of a hub model.
+
+    Raises:
+        ConfigError: An index that cannot be read or names a file that is not there, a set of shards with a
+            number missing, a truncated file, a pointer of git-lfs; with the file's path.
+    """
+    safe = sorted(directory.glob("*.safetensors"))
+    index, kind = directory / "model.safetensors.index.json", "safetensors"
+    if not safe and not index.exists():  # hub snapshots carry the other kind's index without its files
+        index, kind = directory / "pytorch_model.bin.index.json", "bin"
+    shards = safe if kind == "safetensors" else sorted(directory.glob("*.bin"))
+    places = _read_index(index) if index.exists() else {}
+    if places:
+        _check_named(index, set(places.values()))
+    _check_numbers(directory, {*(each.name for each in shards), *places.values()})
+    _check_tensors(index, places, {each.name: _read_names(each) for each in shards})
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """File of each tensor."""
+    try:
+        found = json.loads(index.read_bytes())
+        places = found["weight_map"]
+        sound = bool(places) and all(isinstance(each, str) for each in places.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{index} is damaged ({error!r}); wanted JSON with a `weight_map` from tensors to files; "
+            "copy or download it again"
+        ) from error
+    if not sound:
+        raise ConfigError(f"{index} is damaged: its `weight_map` names no files; copy or download it again")
+    return dict(places)
+
+
+def _check_named(index: Path, names: set[str]) -> None:
+    missing = sorted(name for name in names if not (index.parent / name).is_file())
+    if missing:
+        none = "none" if len(missing) == len(names) else f"{len(names) - len(missing)}"
+        raise ConfigError(
+            f"{index.parent} has {none} of the {len(names)} weight files that {index.name} names; "
+            f"{_some(missing)} is not there; copy or download it again"
+        )
+
+
+def _check_numbers(directory: Path, names: Iterable[str]) -> None:
+    """Shards say in their names how many they are."""
+    found: dict[tuple[str, str, str], set[int]] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            found.setdefault((match["stem"], match["count"], match["kind"]), set()).add(int(match["number"]))
+    for (stem, count, kind), numbers in found.items():
+        missing = sorted(set(range(1, int(count) + 1)) - numbers)
+        if missing:
+            names = [f"{stem}-{number:0{len(count)}d}-of-{count}.{kind}" for number in missing]
+            raise ConfigError(
+                f"{directory} has {len(numbers)} of {int(count)} weight files: {_some(names)} is neither "
+                "there nor in an index; copy or download the model again"
+            )
+
+
+def _read_names(file: Path) -> frozenset[str] | None:
+    """Names of a safetensors file's tensors; None for a file of another format, which is not looked into."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(len(_POINTER))
+        if first == _POINTER:
+            raise ConfigError(
+                f"{file} is a git-lfs pointer, not the weights themselves; run `git lfs pull`, or download it"
+            )
+        if file.suffix != ".safetensors":
+            return None
+        length = struct.unpack("<Q", first[:8])[0] if len(first) >= 8 else None
+        if length is None or length > min(size - 8, _MOST_HEADER_BYTES):
+            raise _not_whole(file, size, "which end within its header")
+        stream.seek(8)
+        header = _read_header(file, stream.read(length))
+    wanted = 8 + length + max((each[1] for each in header.values()), default=0)
+    if size != wanted:
+        raise _not_whole(file, size, f"its header tells of {wanted:,}")
+    return frozenset(header)
+
+
+def _read_header(file: Path, text: bytes) -> dict[str, tuple[int, int]]:
+    """Range of bytes of each tensor, after the header."""
+    try:
+        found: dict[str, Any] = json.loads(text)
+        return {
+            name: (int(each["data_offsets"][0]), int(each["data_offsets"][1]))
+            for name, each in found.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"{file} is no safetensors file: its header is not the JSON it should be "
+            f"({type(error).__name__}); copy or download it again"
+        ) from error
+
+
+def _not_whole(file: Path, size: int, what: str) -> ConfigError:
+    return ConfigError(f"{file} is not whole: it has {size:,} bytes, {what}; copy or download it again")
+
+
+def _check_tensors(index: Path, places: dict[str, str], tensors: dict[str, frozenset[str] | None]) -> None:
+    """An index may not promise tensors that its files do not hold."""
+    absent = sorted(
+        name for name, file in places.items() if (held := tensors.get(file)) is not None and name not in held
+    )
+    if absent:
+        raise ConfigError(
+            f"{index} does not fit the files beside it: {places[absent[0]]} holds no tensor {_some(absent)}; "
+            "copy or download the model again"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"{names[0]}{more}"

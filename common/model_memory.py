@@ -1,0 +1,115 @@
+"""How much memory a model takes, from its files alone: headers of the weights and the configuration.
+
+weights      numbers in the safetensors headers x bytes of the dtype, shared by the devices
+KV cache     positions x layers x KV heads x head width x 2 x bytes
+logits       rows of one chunk x vocabulary x float32, three times (logits, their copy, their softmax)
+"""
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from common.errors import ConfigError
+
+GIB: Final = 2**30
+DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
+ENGINE_BYTES: Final = GIB
+"""What an engine needs beside the model: libraries and CUDA's own."""
+_FLOATS: Final = {"F64", "F32", "F16", "BF16"}
+_STORED_BYTES: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
+_CHUNK_ROWS: Final = 256
+_LOGIT_COPIES: Final = 3
+_LARGEST_HEADER: Final = 2**28
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes of one engine, over all its devices."""
+
+    weights: int
+    """The model in its dtype."""
+    kv: int
+    """Keys and values of the positions that one step needs."""
+    logits: int
+    """One chunk of logits; every device holds it."""
+
+    def per_device(self, devices: int) -> int:
+        """Bytes per device, when the layers are spread over that many."""
+        return math.ceil((self.weights + self.kv) / devices) + self.logits + ENGINE_BYTES
+
+
+def model_need(directory: Path, *, dtype: str, positions: int, weights: int | None = None) -> Need:
+    """What a model needs, from its directory.
+
+    Args:
+        directory: With `config.json` and safetensors files.
+        dtype: What it computes in; `auto`: what the configuration says.
+        positions: Positions whose keys and values are held.
+        weights: Bytes of the weights, where the files are not there.
+
+    Raises:
+        ConfigError: The configuration or a header cannot be read.
+    """
+    config = _read_config(directory)
+    text = config.get("text_config") or config
+    item = DTYPE_BYTES[find_dtype(config) if dtype == "auto" else dtype]
+    layers, heads = int(text.get("num_hidden_layers", 32)), int(text.get("num_attention_heads", 32))
+    width = int(text.get("hidden_size", 4096))
+    head = int(text.get("head_dim") or width // heads)
+    kv = 2 * layers * int(text.get("num_key_value_heads") or heads) * head * item
+    rows = int(text.get("vocab_size") or config.get("vocab_size") or 32_000)
+    files = sorted(directory.glob("*.safetensors"))
+    if files:
+        weights = sum(weight_bytes(file, item) for file in files)
+    if weights is None:
+        raise ConfigError(f"{directory} has no *.safetensors weights; let the hub's copy be finished first")
+    return Need(weights, kv * positions, _CHUNK_ROWS * rows * 4 * _LOGIT_COPIES)
+
+
+def find_dtype(config: dict[str, Any]) -> str:
+    """What a configuration says the weights are in; float32 when it says nothing."""
+    text = config.get("text_config") or {}
+    found = next(
+        (each.get(key) for each in (config, text) for key in ("dtype", "torch_dtype") if each.get(key)), ""
+    )
+    name = str(found).removeprefix("torch.")
+    return name if name in DTYPE_BYTES else "float32"
+
+
+def weight_bytes(file: Path, item: int) -> int:
+    """Bytes of a safetensors file's tensors once floats take `item` bytes each; reads its header only.
+
+    Raises:
+        ConfigError: It has no such header.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if not 0 < length < _LARGEST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(stream.read(length))
+        tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
+        return sum(math.prod(tensor["shape"]) * _item(tensor["dtype"], item) for tensor in tensors)
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        raise ConfigError(
+            f"{file} is no safetensors file ({error}); download or copy the model again"
+        ) from error
+
+
+def _item(stored: str, item: int) -> int:
+    return item if stored in _FLOATS else _STORED_BYTES.get(stored, 1)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((directory / "config.json").read_text("utf-8"))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{directory} has no config.json that can be read ({error}); check --model"
+        ) from error
+    raise ConfigError(f"{directory}/config.json is no JSON object; check --model")

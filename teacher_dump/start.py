@@ -1,0 +1,186 @@
+"""How vLLM is started: its environment, the process that it computes in, where its own words go.
+
+    same   it computes in this process: on a CPU with one worker, where a rerun gives the same bits
+    own    driver ──spawn──> EngineCore ──spawn──> workers          everywhere else
+
+A process of its own is started by spawn, never by fork: the driver has threads (torch, Arrow, tokenizers),
+and a fork of a process that has touched CUDA cannot use a GPU. `VLLM_WORKER_MULTIPROC_METHOD=fork`, set by
+the user, is obeyed off the CPU; vLLM itself spawns on a CPU whatever is set.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import EngineError
+from teacher_dump.release import check_release
+
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_CPU_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; vLLM's own choice is 92 % of the memory
+    "TORCHDYNAMO_DISABLE": "1",  # eager anyway; saves the compiler's start-up
+}
+QUIET_LOGGERS = (
+    "torch",  # says on every CPU that Triton is missing
+    "transformers.models.qwen2_vl.video_processing_qwen2_vl",  # a cap on videos, of which there are none
+    "transformers.models.qwen3_vl.video_processing_qwen3_vl",
+    "transformers.tokenization_utils_base",  # vLLM starts with a prompt too long; ours are checked
+)
+"""Loggers whose warnings would only cut up the progress bar."""
+
+_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+_RAISED = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Exit)\b(?:: .*\S)?)\s*$")
+_DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (\S+)\)")
+_EMPTY_WORDS = ("Engine core initialization failed", "See stack trace", "See root cause")
+
+
+def import_vllm(*, any_version: bool) -> Any:
+    """The module, with what it writes kept down.
+
+    Args:
+        any_version: Take one that was not tested.
+
+    Raises:
+        EngineError: It is missing, or was neither tested nor checked by its source.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import vllm
+    except ImportError as error:
+        raise EngineError(
+            f"the teacher needs vLLM, which does not import here ({error}); "
+            "pip install 'cascache[teacher]' for CUDA machines, 'cascache[teacher-cpu]' elsewhere"
+        ) from error
+    check_release(str(vllm.__version__), any_version=any_version)
+    return vllm
+
+
+def vllm_errors() -> tuple[type[Exception], type[Exception]]:
+    """Every error of vLLM's own, and those among them that one request caused; neither is a RuntimeError."""
+    from vllm.exceptions import VLLMClientError, VLLMError
+
+    return VLLMError, VLLMClientError
+
+
+def on_cpu() -> bool:
+    """Whether vLLM computes on the CPU here."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def set_environment(*, inside: bool, num_workers: int) -> None:
+    """Set what vLLM reads from the environment as it starts.
+
+    Args:
+        inside: Compute in this process.
+        num_workers: Processes that compute.
+
+    Raises:
+        EngineError: A process of its own cannot be started from here.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if inside else "1"
+    if not inside and (on_cpu() or os.environ.setdefault(_METHOD, "spawn") == "spawn"):
+        check_main()
+    if not on_cpu():
+        return
+    for name, value in _CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if num_workers > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // num_workers)
+        bound = [str(cores[rank * share % len(cores)]) for rank in range(num_workers)]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(bound))
+
+
+def check_main() -> None:
+    """Refuse to spawn from a main program that a spawned process cannot import, or is importing.
+
+    Raises:
+        EngineError: With what to change.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise EngineError(
+            "the engine runs in a process of its own, which imports the main program, and that starts the "
+            "engine again; put the lines that start it under `if __name__ == '__main__':`"
+        )
+    main = sys.modules["__main__"]
+    place = getattr(main, "__file__", None)
+    if getattr(main, "__spec__", None) is None and place is not None and not Path(place).exists():
+        raise EngineError(
+            f"the engine runs in a process of its own, which imports the main program, and {place} is no "
+            "file; save the program to a file, or call teacher-dump"
+        )
+
+
+class EngineLog:
+    """What vLLM's processes print, kept in a file that only a failure leaves behind.
+
+    A user who sets VLLM_LOGGING_LEVEL wants to see it: then it stays on the terminal.
+    """
+
+    def __init__(self, *, kept: bool) -> None:
+        """Open the file; `kept` says whether there are processes to listen to."""
+        self.path: Path | None = None
+        if kept and os.environ.get("VLLM_LOGGING_LEVEL") == _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
+            handle, name = tempfile.mkstemp(prefix=f"cascache-engine-{os.getpid()}-", suffix=".log")
+            os.close(handle)
+            self.path = Path(name)
+
+    @contextlib.contextmanager
+    def redirected(self) -> Iterator[None]:
+        """Processes started meanwhile print to the file as long as they live; this one, meanwhile."""
+        if self.path is None:
+            yield
+            return
+        _flush()
+        saved = [(number, os.dup(number)) for number in (1, 2)]
+        with self.path.open("ab", buffering=0) as file:
+            for number, _ in saved:
+                os.dup2(file.fileno(), number)
+        try:
+            yield
+        finally:
+            _flush()
+            for number, copy in saved:
+                os.dup2(copy, number)
+                os.close(copy)
+
+    def explain(self, error: BaseException) -> str:
+        """One line for what went wrong: what an engine process raised, where vLLM only says that one did."""
+        words = " ".join(str(error).split()) or type(error).__name__
+        cause = self._cause() if self.path else None
+        if cause and any(each in words for each in _EMPTY_WORDS):
+            words = cause
+        return words + (f"; its log is {self.path}" if self.path and self.path.stat().st_size else "")
+
+    def _cause(self) -> str | None:
+        """A worker's end, else the first error that a traceback in the log ends with."""
+        assert self.path is not None
+        lines = self.path.read_text(errors="replace").splitlines()
+        died = next(filter(None, map(_DIED.search, lines)), None)
+        if died is not None:
+            return f"{died.group(1)} died (status {died.group(2)}; perhaps memory ran out, `dmesg` tells)"
+        found = (match.group(1) for match in map(_RAISED.search, lines) if match)
+        return next((each for each in found if not any(word in each for word in _EMPTY_WORDS)), None)
+
+    def discard(self) -> None:
+        """Remove the file; harmless twice."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(ValueError, OSError):
+            stream.flush()
