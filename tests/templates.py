@@ -76,7 +76,8 @@ def _qwen3_5(prompt: str) -> str:
     text_of = "{% macro text_of(turn) %}" + _parts(image=_VISION) + "{% endmacro %}"
     find_last = (
         "{% set last = namespace(question=-1) %}"
-        "{% for turn in messages %}{% if turn.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}"
+        "{% for turn in messages %}"
+        "{% if turn.role == 'user' %}{% set last.question = loop.index0 %}{% endif %}"
         "{% endfor %}"
         "{% if last.question < 0 %}{{ raise_exception('a conversation needs a user turn') }}{% endif %}"
     )
