@@ -26,7 +26,8 @@ from typing import Final
 _LOOP: Final = "{% for turn in messages %}@body@{% endfor %}"
 _IMAGES: Final = "{% for part in turn.content if part.type == 'image' %}@image@{% endfor %}"
 _TEXTS: Final = "{% for part in turn.content if part.type == 'text' %}@text@{% endfor %}"
-_PARTS: Final = "{% for part in turn.content %}{% if part.type == 'image' %}@image@{% else %}@text@{% endif %}{% endfor %}"
+_PART: Final = "{% if part.type == 'image' %}@image@{% else %}@text@{% endif %}"
+_PARTS: Final = "{% for part in turn.content %}" + _PART + "{% endfor %}"
 _CHATML_PROMPT: Final = r"<|im_start|>assistant\n"
 _VISION: Final = "<|vision_start|><|image_pad|><|vision_end|>"
 
