@@ -1,0 +1,102 @@
+"""Built presets are what the hub's files say: classes, rows, ids, ties, grids, names, dtype."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.fingerprint import fingerprints
+from common.models import PRESETS, resolve_model
+from common.processor import load_processor, read_vocab_rows
+from common.vocab import Vocabulary, shared_rows
+from student_train.model import read_shape
+from tests.presets.build import build
+from tests.presets.facts import built_as, facts, families, presets
+
+HUB = [name for name, preset in PRESETS.items() if preset.revision is not None]
+BUILT = [name for name in HUB if built_as(name) == name]
+SMALLEST = {family: next(iter(presets(family))) for family in families()}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """Where presets are built without weights."""
+    return tmp_path_factory.mktemp("presets")
+
+
+@pytest.mark.parametrize("preset", BUILT)
+def test_transformers_reads_the_hubs_configuration_and_every_weight_name(preset, tmp_path):
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForImageTextToText
+
+    found, directory = facts(preset), build(preset, tmp_path)
+    model, report = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    assert {name for name, keys in report.items() if keys} == set()
+    assert type(model).__name__ == found["architectures"][0]
+    assert str(model.dtype) == f"torch.{found['dtype']}"
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    assert head.shape[0] == embeddings.shape[0] == found["head_rows"]
+    tied = found.get("text_tie_word_embeddings", found.get("tie_word_embeddings"))
+    assert (head is embeddings) == tied
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) == 2
+    assert any("lm_head" in name for name in index) == (not tied)
+    for file in sorted(set(index.values())):
+        with safe_open(directory / file, framework="pt") as shard:
+            assert set(shard.keys()) == {name for name, where in index.items() if where == file}
+            assert {shard.get_tensor(name).dtype for name in shard.keys()} == {  # noqa: SIM118
+                getattr(torch, found["dtype"])
+            }
+
+
+@pytest.mark.parametrize("preset", HUB)
+def test_the_processor_is_the_hubs(preset, plain):
+    found = facts(preset)
+    processor = load_processor(str(build(preset, plain, weights=False)))
+    tokenizer, images = processor.tokenizer, processor.image_processor
+    assert type(processor).__name__ == found["processor_class"]
+    assert len(tokenizer) == found["tokens"]
+    ids = {**found["special"], **found.get("added", {})}
+    assert tokenizer.convert_tokens_to_ids(list(ids)) == list(ids.values())
+    for token, index in ids.items():
+        assert tokenizer(f"a {token}b", add_special_tokens=False).input_ids.count(index) == 1
+    assert tokenizer.eos_token == found["roles"]["eos"]
+    assert tokenizer.pad_token == found["roles"]["pad"]
+    assert tokenizer.bos_token == found["roles"].get("bos")
+    assert processor.image_token == found["roles"]["image"]
+    wanted = found["image_processor"]
+    assert type(images).__name__ == wanted["image_processor_type"].removesuffix("Fast")
+    assert list(images.image_mean) == wanted["image_mean"]
+    if "min_pixels" in wanted:
+        assert images.size["shortest_edge"] == wanted["min_pixels"]
+        assert images.size["longest_edge"] == wanted["max_pixels"]
+    else:
+        assert dict(images.size) == wanted["size"]
+    if "pinpoint_edges" in wanted:
+        assert len(images.image_grid_pinpoints) == 36
+
+
+@pytest.mark.parametrize("preset", HUB)
+def test_a_preset_fits_the_smallest_student_of_its_family(preset, plain):
+    teacher = build(preset, plain, weights=False)
+    student = build(SMALLEST[facts(preset)["family"]], plain, weights=False)
+    sides = [load_processor(str(each)) for each in (teacher, student)]
+    assert fingerprints(sides[0]) == fingerprints(sides[1])
+    heads = [
+        Vocabulary(read_vocab_rows(str(path)), len(processor.tokenizer))
+        for path, processor in zip((teacher, student), sides, strict=True)
+    ]
+    assert heads[0].rows == facts(preset)["head_rows"]
+    assert shared_rows(*heads) == facts(preset)["tokens"]
+    shape = read_shape(str(teacher))
+    assert (shape.model_type, shape.image_token_id) == (
+        facts(preset)["model_type"],
+        facts(preset)["special"][facts(preset)["roles"]["image"]],
+    )
+
+
+@pytest.mark.parametrize("preset", HUB)
+def test_a_directory_has_the_family_of_its_preset(preset, plain):
+    directory = build(preset, plain, weights=False)
+    assert resolve_model(str(directory)).family == PRESETS[preset].family
