@@ -19,12 +19,12 @@ from typing import Any, Final
 import torch
 from tqdm import tqdm
 
-from common.chat import to_messages
 from common.data.open import open_source
 from common.data.source import SampleSource
 from common.errors import ConfigError, DataError
 from common.images import read_image
 from common.processor import ProcessorOptions, load_processor
+from common.render import render_question
 from schemas.sample import Sample
 from student_train.config import EvalConfig
 from student_train.metrics import write_json
@@ -203,20 +203,22 @@ def read_questions(processor: Any, source: SampleSource) -> Iterator[Question]:
 
     Args:
         processor: Its chat template renders the prompt.
-        source: Held-out samples; those that cannot be read are left out and named in the log.
+        source: Held-out samples; those that cannot be read or rendered are left out and named in the log.
     """
     for sample in _readable(source):
-        messages = to_messages(sample)
         for place, turn in enumerate(sample.turns):
             if turn.role != "assistant" or place == 0:
                 continue
             before = sample.turns[:place]
+            try:
+                prompt = render_question(processor, sample, place)
+            except DataError as error:
+                log.warning("question of sample %s left out: %s", sample.sample_id, error)
+                continue
             yield Question(
                 sample_id=sample.sample_id,
                 kind=sample.kind or "all",
-                prompt=processor.apply_chat_template(
-                    messages[:place], tokenize=False, add_generation_prompt=True
-                ),
+                prompt=prompt,
                 question=_text(before[-1].parts),
                 reference=_text(turn.parts),
                 sample=sample,

@@ -12,6 +12,7 @@ from common.cache.seals import read_manifest
 from common.data.source import SampleSource
 from common.errors import ConfigError, DataError
 from common.fingerprint import fingerprints
+from common.render import check_answers
 from schemas.manifest import Capture, DataSource, Encoding, Manifest, Relation, SampleSet
 from teacher_dump.config import DumpConfig
 from teacher_dump.engine import EngineSettings, check_arguments, telling_arguments
@@ -26,7 +27,8 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
     """Refuse what cannot work before anything is loaded.
 
     Raises:
-        ConfigError: K exceeds the real vocabulary, or an engine argument is not the user's to set.
+        ConfigError: K exceeds the real vocabulary, an engine argument is not the user's to set, or the
+            chat template changes even a plain answer.
         DataError: There are no samples.
     """
     check_arguments(config.engine_arguments)
@@ -35,6 +37,8 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
             raise ConfigError(
                 f"{name} is {topk}, {teacher.ref.name} has {teacher.vocab_size} tokens; give at most that"
             )
+    if not config.teacher_answers:
+        check_answers(teacher.processor, config.chat_template or teacher.ref.name)
     if not len(source):
         raise DataError(f"{config.data} holds no samples", reason="empty")
 
@@ -84,7 +88,7 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
         told["capture"] = json.dumps(config.capture)
     return Manifest(
         teacher=teacher.identity(config.quantization, told),
-        fingerprints=fingerprints(teacher.processor),
+        fingerprints=fingerprints(teacher.processor, asked=config.teacher_answers),
         vocab_rows=teacher.vocab_rows,
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,
