@@ -36,7 +36,10 @@ def build(preset: str, directory: Path, *, seed: int = 0, weights: bool = True) 
     Returns:
         The model's directory, which has the preset's own name.
     """
-    target = directory / preset
+    target, twin = directory / preset, directory / built_as(preset)
+    if target != twin and not target.exists():
+        build(built_as(preset), directory, seed=seed, weights=weights)
+        shutil.copytree(twin, target, ignore=None if weights else shutil.ignore_patterns("model*"))
     if not target.exists():
         partial = target.with_name(f"{preset}.partial")
         shutil.rmtree(partial, ignore_errors=True)

@@ -10,7 +10,11 @@ SIZES = {"photo.jpg": (640, 480), "square.png": (336, 336), "tall.png": (240, 72
 """Width and height."""
 TALKS = [
     ("photo", ["photo.jpg"], ["<image>\nwhat is in this image?", "a red dog sat on the mat."]),
-    ("square", ["square.png"], ["describe the picture. <image>", "two small green cats", "is it tall?", "no"]),
+    (
+        "square",
+        ["square.png"],
+        ["describe the picture. <image>", "two small green cats", "is it tall?", "no"],
+    ),
     ("tall", ["tall.png"], ["<image>\nIs the photo tall or wide?", "It is a tall one."]),
     ("text", [], ["what is a house?", "a house with a tree."]),
     ("pair", ["square.png", "square.png"], ["<image><image>\ntwo of what?", "the blue mat"]),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,12 @@ SMALLEST = {family: next(iter(presets(family))) for family in families()}
 def plain(tmp_path_factory) -> Path:
     """Where presets are built without weights."""
     return tmp_path_factory.mktemp("presets")
+
+
+@pytest.fixture(scope="module")
+def processors(plain) -> dict[str, Any]:
+    """Every preset's processor, loaded once."""
+    return {preset: load_processor(str(build(preset, plain, weights=False))) for preset in HUB}
 
 
 @pytest.mark.parametrize("preset", BUILT)
@@ -51,9 +58,8 @@ def test_transformers_reads_the_hubs_configuration_and_every_weight_name(preset,
 
 
 @pytest.mark.parametrize("preset", HUB)
-def test_the_processor_is_the_hubs(preset, plain):
-    found = facts(preset)
-    processor = load_processor(str(build(preset, plain, weights=False)))
+def test_the_processor_is_the_hubs(preset, processors):
+    found, processor = facts(preset), processors[preset]
     tokenizer, images = processor.tokenizer, processor.image_processor
     assert type(processor).__name__ == found["processor_class"]
     assert len(tokenizer) == found["tokens"]
@@ -78,14 +84,13 @@ def test_the_processor_is_the_hubs(preset, plain):
 
 
 @pytest.mark.parametrize("preset", HUB)
-def test_a_preset_fits_the_smallest_student_of_its_family(preset, plain):
-    teacher = build(preset, plain, weights=False)
-    student = build(SMALLEST[facts(preset)["family"]], plain, weights=False)
-    sides = [load_processor(str(each)) for each in (teacher, student)]
-    assert fingerprints(sides[0]) == fingerprints(sides[1])
+def test_a_preset_fits_the_smallest_student_of_its_family(preset, plain, processors):
+    names = preset, SMALLEST[facts(preset)["family"]]
+    teacher, student = (build(name, plain, weights=False) for name in names)
+    assert fingerprints(processors[names[0]]) == fingerprints(processors[names[1]])
     heads = [
-        Vocabulary(read_vocab_rows(str(path)), len(processor.tokenizer))
-        for path, processor in zip((teacher, student), sides, strict=True)
+        Vocabulary(read_vocab_rows(str(path)), len(processors[name].tokenizer))
+        for name, path in zip(names, (teacher, student), strict=True)
     ]
     assert heads[0].rows == facts(preset)["head_rows"]
     assert shared_rows(*heads) == facts(preset)["tokens"]

@@ -76,7 +76,9 @@ def _with_added(tokenizer: Any, facts: dict[str, Any]) -> Any:
 
     for special, table in ((True, facts["special"]), (False, facts.get("added", {}))):
         for token, _ in sorted(table.items(), key=lambda item: item[1]):
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+            tokenizer.add_tokens(
+                [AddedToken(token, special=special, normalized=False)], special_tokens=special
+            )
     wrong = {
         token: tokenizer.convert_tokens_to_ids(token)
         for token, index in {**facts["special"], **facts.get("added", {})}.items()
@@ -119,5 +121,7 @@ def _sentence_pieces() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
 
 def _pieces(tokenizer: Any) -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     model = json.loads(tokenizer.to_str())["model"]
-    merges = tuple(tuple(each) if isinstance(each, list) else tuple(each.split(" ")) for each in model["merges"])
+    merges = tuple(
+        tuple(each) if isinstance(each, list) else tuple(each.split(" ")) for each in model["merges"]
+    )
     return model["vocab"], merges

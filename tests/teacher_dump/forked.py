@@ -28,11 +28,12 @@ QUIET = {
 def run_cases(
     module: str, models: Path, out: Path, cases: list[str], *, beside: Path | None = None
 ) -> Callable[[str], Any]:
-    """Run cases of a module of this package; returns what gives each case's answer.
+    """Run cases of a module (of this package, unless its whole name is given); returns what gives answers.
 
     `beside` is a directory that Python looks into first.
     """
-    command = [sys.executable, "-m", __name__, f"{__package__}.{module}", str(models), str(out), *cases]
+    whole = module if "." in module else f"{__package__}.{module}"
+    command = [sys.executable, "-m", __name__, whole, str(models), str(out), *cases]
     environment = {**os.environ, **QUIET} | ({"PYTHONPATH": str(beside)} if beside else {})
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
