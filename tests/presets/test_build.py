@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from common.fingerprint import fingerprints
+from common.grids import image_layout
 from common.models import PRESETS, resolve_model
 from common.processor import load_processor, read_vocab_rows
 from common.vocab import Vocabulary, shared_rows
@@ -105,3 +106,27 @@ def test_a_preset_fits_the_smallest_student_of_its_family(preset, plain, process
 def test_a_directory_has_the_family_of_its_preset(preset, plain):
     directory = build(preset, plain, weights=False)
     assert resolve_model(str(directory)).family == PRESETS[preset].family
+
+
+SIZES = [(336, 336), (640, 480), (1920, 1080)]
+PAGE = Path(__file__).parents[2] / "docs" / "presets.md"
+
+
+def test_the_page_says_of_every_preset_what_its_files_say(processors, plain):
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    wanted = []
+    for preset in HUB:
+        found = facts(preset)
+        counts = [image_layout(processors[preset], *reversed(size)).num_positions for size in SIZES]
+        tied = found.get("text_tie_word_embeddings", found.get("tie_word_embeddings"))
+        cells = [
+            f"`{preset}`",
+            PRESETS[preset].source,
+            f"{read_vocab_rows(str(plain / preset)):,}",
+            f"{len(processors[preset].tokenizer):,}",
+            "tied" if tied else "own",
+            found["dtype"],
+            ", ".join(f"{count:,}" for count in counts),
+        ]
+        wanted.append(f"| {' | '.join(cells)} |")
+    assert rows == wanted

@@ -22,7 +22,7 @@ from tests.presets.photos import TALKS, write_photos
 from tests.teacher_dump.forked import run_cases
 
 POSITIONS = {
-    "llava-onevision": {"photo": 2929, "square": 1485, "tall": 3294},
+    "llava-onevision": {"photo": 2929, "square": 1485, "tall": 1809},
     "llava-1.5": {"photo": 576, "square": 576, "tall": 576},
     "qwen2.5-vl": {"photo": 391, "square": 144, "tall": 234},
     "qwen3-vl": {"photo": 300, "square": 100, "tall": 176},
