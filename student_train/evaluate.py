@@ -252,6 +252,7 @@ def generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        repetition_penalty=1.0,  # a model's own settings may hold one; the likeliest token is wanted
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         eos_token_id=_stops(model, tokenizer),
     )

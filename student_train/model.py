@@ -315,6 +315,7 @@ def save_student(
     tokenizer, generation = processor.tokenizer, student.model.generation_config
     generation.eos_token_id = generation.eos_token_id or tokenizer.eos_token_id
     generation.pad_token_id = generation.pad_token_id or tokenizer.pad_token_id
+    _complete_sampling(generation)
     student.model.save_pretrained(temporary, state_dict=weights)
     processor.save_pretrained(temporary)
     if student.family.hub_tower:
@@ -323,6 +324,17 @@ def save_student(
     sync_tree(temporary)
     temporary.replace(directory)
     sync_directory(directory.parent)
+
+
+def _complete_sampling(generation: Any) -> None:
+    """Say that a model samples whose files name a temperature, as old checkpoints leave it out.
+
+    transformers 5 reads such a file and refuses to write it: a run would end without its student.
+    """
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
 
 
 def _rename_tower(directory: Path, hub_tower: str) -> None:
