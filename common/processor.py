@@ -14,6 +14,16 @@ from common.errors import ConfigError
 from common.render import check_template
 from schemas.base import Frozen
 
+_COUNTED_WITH: dict[str, dict[str, Any]] = {
+    "LlavaProcessor": {
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    },
+    "LlavaOnevisionProcessor": {"num_image_tokens": 729, "vision_feature_select_strategy": "full"},
+}
+"""What a processor counts an image's positions with, and the values of LLaVA-1.5 and of LLaVA-OneVision."""
+
 
 class ProcessorOptions(Frozen):
     """What a user may set of a processor; every command that loads one has these settings."""
@@ -116,3 +126,16 @@ def check_processor(processor: Any, path: str) -> None:
         raise ConfigError(f"{path} has only a slow tokenizer, which gives no offsets; add tokenizer.json")
     if not isinstance(getattr(processor, "image_token", None), str):
         raise ConfigError(f"{path}: {type(processor).__name__} names no image token")
+    _check_counts(processor, path)
+
+
+def _check_counts(processor: Any, path: str) -> None:
+    """Refuse a processor that cannot tell how many positions an image takes, as early revisions could not."""
+    needed = _COUNTED_WITH.get(type(processor).__name__, {})
+    missing = [name for name in needed if getattr(processor, name, None) is None]
+    if missing:
+        raise ConfigError(
+            f"{path}: its {type(processor).__name__} says nothing of {', '.join(missing)}, so that the "
+            "positions of an image cannot be counted; take the checkpoint's current revision, or write "
+            f"processor_config.json with what fits its vision tower, such as {json.dumps(needed)}"
+        )

@@ -1,11 +1,13 @@
 """Built presets are what the hub's files say: classes, rows, ids, ties, grids, names, dtype."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.errors import ConfigError
 from common.fingerprint import fingerprints
 from common.grids import image_layout
 from common.models import PRESETS, resolve_model
@@ -28,8 +30,10 @@ def plain(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def processors(plain) -> dict[str, Any]:
-    """Every preset's processor, loaded once."""
-    return {preset: load_processor(str(build(preset, plain, weights=False))) for preset in HUB}
+    """Every preset's processor as its files make it, loaded once."""
+    from transformers import AutoProcessor
+
+    return {preset: AutoProcessor.from_pretrained(build(preset, plain, weights=False)) for preset in HUB}
 
 
 @pytest.mark.parametrize("preset", BUILT)
@@ -106,6 +110,22 @@ def test_a_preset_fits_the_smallest_student_of_its_family(preset, plain, process
 def test_a_directory_has_the_family_of_its_preset(preset, plain):
     directory = build(preset, plain, weights=False)
     assert resolve_model(str(directory)).family == PRESETS[preset].family
+
+
+@pytest.mark.parametrize("preset", ["0.5b", "llava-1.5-7b"])
+def test_files_of_early_revisions_are_refused_with_what_to_add(preset, plain, tmp_path):
+    """Before processor_config.json was there, nothing said how many positions an image takes."""
+    directory = shutil.copytree(build(preset, plain, weights=False), tmp_path / "early")
+    settings = json.loads((directory / "processor_config.json").read_text())
+    (directory / "processor_config.json").unlink()
+    with pytest.raises(
+        ConfigError, match=r"positions of an image cannot be counted.*processor_config\.json"
+    ) as said:
+        load_processor(str(directory))
+    advice = json.loads(str(said.value).partition("such as ")[2])
+    assert advice.items() <= settings.items()
+    (directory / "processor_config.json").write_text(json.dumps(advice))
+    load_processor(str(directory))
 
 
 SIZES = [(336, 336), (640, 480), (1920, 1080)]
