@@ -104,6 +104,19 @@ def render_segments(processor: Any, sample: Sample) -> list[str]:
     return segments
 
 
+def end_token(processor: Any) -> str | None:
+    """The token that ends every answer under the processor's chat template; None where nothing does."""
+    for turns in _PROBES:
+        try:
+            page = Page.of(processor, to_messages(Sample(sample_id="a probe", turns=turns)), "a probe")
+            token = page.ending(page.answered[-1]).token
+        except DataError:  # some templates want an image, or a system turn
+            continue
+        eos: str | None = processor.tokenizer.eos_token
+        return token or eos
+    return None
+
+
 def check_template(processor: Any, name: str) -> None:
     """Refuse a chat template that cannot render any conversation.
 

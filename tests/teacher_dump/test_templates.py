@@ -150,6 +150,10 @@ def test_a_student_that_is_the_teacher_learns_nothing_and_answers_with_the_templ
     assert abs(line["raw/response_kl"]) < 1e-4
     saved = tmp_path / "run" / "model"
     assert load_processor(str(saved)).chat_template == fit(name, "<image>")
+    saved_ids = json.loads((saved / "generation_config.json").read_text())["eos_token_id"]
+    tokenizer = load_processor(str(saved)).tokenizer
+    end = tokenizer.convert_tokens_to_ids(end_of_turn(name, tokenizer.eos_token))
+    assert end in (saved_ids if isinstance(saved_ids, list) else [saved_ids])
     out = tmp_path / "answers"
     evaluated = EvalConfig(model=str(saved), data=str(root / "train.json"), out=str(out), max_new_tokens=2)
     scores = run_evaluation(evaluated)
