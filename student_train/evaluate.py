@@ -157,7 +157,9 @@ def answer(
     root, hide = source.image_root, True if team.rank else None
     questions = list(islice(read_questions(processor, source), limit))
     if not questions:
-        raise ConfigError(f"{source.path} holds no assistant turn to answer; name other data with --eval")
+        raise ConfigError(
+            f"{source.path} holds no assistant turn that can be asked; see the log, or name other data"
+        )
     by_length = sorted(
         range(len(questions)), key=lambda row: (questions[row].num_images, len(questions[row].prompt))
     )

@@ -303,11 +303,13 @@ def test_white_space_before_the_end_of_turn_is_trained(using: Callable[[str], An
     assert shown(processor, prompt_of(processor, answers("what?", "two", "and?", "three"))) == wanted
 
 
-def test_an_end_of_turn_at_the_end_only_is_added_to_the_others(using: Callable[[str], Any]):
-    end = r"{{ '<|im_end|>\n' if loop.last else '\n' }}"
-    processor = using(CHATML.replace(r"{{ '<|im_end|>\n' }}", end))
-    wanted = ["two<|im_end|>", "three<|im_end|>"]
-    assert shown(processor, prompt_of(processor, answers("what?", "two", "and?", "three"))) == wanted
+def test_an_end_of_turn_is_added_where_it_is_missing_and_nowhere_else(using: Callable[[str], Any]):
+    for last in ("loop.last", "not loop.last"):
+        end = r"{{ '<|im_end|>\n' if " + last + r" else '\n' }}"
+        processor = using(CHATML.replace(r"{{ '<|im_end|>\n' }}", end))
+        prompt = prompt_of(processor, answers("what?", "two", "and?", "three"))
+        assert shown(processor, prompt) == ["two<|im_end|>", "three<|im_end|>"]
+        assert processor.tokenizer.decode(prompt.token_ids).count("<|im_end|>") == 2 + 2 * (last[0] == "n")
 
 
 def test_a_special_token_that_starts_a_turn_does_not_end_one(using: Callable[[str], Any]):
