@@ -31,19 +31,21 @@ class Ending:
     """What a template writes behind an answer."""
 
     text: str
-    """What belongs to the response, up to the end-of-turn token."""
+    """What belongs to the response where nothing follows the answer, up to the end-of-turn token."""
     token: str | None
-    """The end-of-turn token; None where the template writes none."""
+    """The end-of-turn token: the first that the template writes there, else the tokenizer's."""
+    closed: bool
+    """Whether `text` ends with the token."""
 
     def close(self, text: str, stop: int) -> tuple[int, bool]:
         """Where the response ends whose answer ends at `stop`, and whether an end-of-turn token is there."""
-        if text.startswith(self.text, stop):
-            return stop + len(self.text), self.token is not None
-        if self.token is not None:
-            place = len(text) - len(text[stop:].lstrip())
-            if text.startswith(self.token, place):
-                return place + len(self.token), True
-        return stop, False
+        place = len(text) - len(text[stop:].lstrip())
+        as_last = text.startswith(self.text, stop)
+        if as_last and self.closed:
+            return stop + len(self.text), True
+        if self.token is not None and text.startswith(self.token, place):
+            return place + len(self.token), True
+        return (stop + len(self.text) if as_last else stop), False
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +154,9 @@ def stand_in(texts: Sequence[str]) -> str:
 
 def ending_of(tokenizer: Any, tail: str) -> Ending:
     """The ending that a tail begins with: up to its first special token, or all of it where it has none."""
-    found = _added_tokens(tokenizer, len(tokenizer), tokenizer.eos_token).search(tail)
-    return Ending(tail[: found.end()], found.group()) if found else Ending(tail.rstrip(), None)
+    eos = tokenizer.eos_token
+    found = _added_tokens(tokenizer, len(tokenizer), eos).search(tail)
+    return Ending(tail[: found.end()], found.group(), True) if found else Ending(tail.rstrip(), eos, False)
 
 
 @functools.lru_cache(maxsize=4)

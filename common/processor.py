@@ -81,6 +81,8 @@ def _read_template(file: str) -> str:
         raise ConfigError(
             f"--chat-template {file} cannot be read ({error}); give a file with a Jinja template"
         ) from error
+    if not text.strip():
+        raise ConfigError(f"--chat-template {file} is empty; give a file with a Jinja template")
     if not file.endswith(".json"):
         return text
     try:

@@ -104,6 +104,17 @@ def render_segments(processor: Any, sample: Sample) -> list[str]:
     return segments
 
 
+def end_token(processor: Any) -> str | None:
+    """The token that ends every answer under the processor's chat template; None where nothing does."""
+    for turns in _PROBES:
+        try:
+            page = Page.of(processor, to_messages(Sample(sample_id="a probe", turns=turns)), "a probe")
+            return page.ending(page.answered[-1]).token
+        except DataError:  # some templates want an image, or a system turn
+            continue
+    return None
+
+
 def check_template(processor: Any, name: str) -> None:
     """Refuse a chat template that cannot render any conversation.
 
@@ -162,20 +173,19 @@ def _close(page: Page, answers: Sequence[tuple[int, int]], ending: Ending) -> Re
 
 
 def _end_token(page: Page, answer: str, ending: Ending) -> str:
-    token: str | None = ending.token or page.processor.tokenizer.eos_token
-    if token is None:
+    if ending.token is None:
         raise DataError(
             f"{page.where}: neither the chat template nor the tokenizer has an end-of-turn token; set the "
             "tokenizer's eos_token, or give a template that ends turns (--chat-template FILE)",
             reason="template",
         )
-    if token in answer:
+    if ending.token in answer:
         raise DataError(
-            f"{page.where}: an answer contains {token!r}, which ends a turn and is added to every answer; "
-            "take it out of the data",
+            f"{page.where}: an answer contains {ending.token!r}, which ends a turn and is added to every "
+            "answer; take it out of the data",
             reason="end-of-turn",
         )
-    return token
+    return ending.token
 
 
 def _behind(mark: str, text: str, where: str) -> str:

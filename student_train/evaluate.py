@@ -2,7 +2,7 @@
 
 sample ──every assistant turn──> question (turns before it), reference
        ──chat template──> prompt ──generate, greedy, batched by length──> answer
-answer = reference (case, outer white space and a final full stop aside)  ──> share right per kind
+answer = reference (thoughts, case, outer white space and a final full stop aside)  ──> share right per kind
                                                                            ──> mean over kinds
 """
 
@@ -28,7 +28,7 @@ from common.render import render_question
 from schemas.sample import Sample
 from student_train.config import EvalConfig
 from student_train.metrics import write_json
-from student_train.model import load_student
+from student_train.model import load_student, stop_ids
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,9 @@ def answer(
     root, hide = source.image_root, True if team.rank else None
     questions = list(islice(read_questions(processor, source), limit))
     if not questions:
-        raise ConfigError(f"{source.path} holds no assistant turn to answer; name other data with --eval")
+        raise ConfigError(
+            f"{source.path} holds no assistant turn that can be asked; see the log, or name other data"
+        )
     by_length = sorted(
         range(len(questions)), key=lambda row: (questions[row].num_images, len(questions[row].prompt))
     )
@@ -254,25 +256,20 @@ def generate(
         do_sample=False,
         repetition_penalty=1.0,  # a model's own settings may hold one; the likeliest token is wanted
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=_stops(model, tokenizer),
+        eos_token_id=stop_ids(model, processor),
     )
     new = ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def _stops(model: Any, tokenizer: Any) -> list[int]:
-    named = model.generation_config.eos_token_id
-    ids = named if isinstance(named, list) else [named]
-    return sorted({int(each) for each in [*ids, tokenizer.eos_token_id] if each is not None})
-
-
 def matches(answer: str, reference: str) -> bool:
-    """Compare two answers, case, spacing and a final full stop aside."""
+    """Compare two answers; thoughts before `</think>`, case, spacing and a final full stop do not count."""
     return _plain(answer) == _plain(reference)
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().rstrip(".").strip().lower()
+    spoken = text.rpartition("</think>")[2]
+    return re.sub(r"\s+", " ", spoken).strip().rstrip(".").strip().lower()
 
 
 def _text(parts: Sequence[str | int]) -> str:

@@ -21,7 +21,7 @@ An assistant turn under each, `_` for a space and `/` for a line break:
 the line break before it or the space behind it, without the end of the turn.
 """
 
-from typing import Final
+from typing import Any, Final
 
 _LOOP: Final = "{% for turn in messages %}@body@{% endfor %}"
 _IMAGES: Final = "{% for part in turn.content if part.type == 'image' %}@image@{% endfor %}"
@@ -175,3 +175,32 @@ SPECIALS: Final[dict[str, tuple[str, ...]]] = {
 def fit(name: str, mark: str) -> str:
     """A template with another mark for an image, such as another family's image token."""
     return (TEMPLATES | CHANGING)[name].replace(IMAGE_MARKS[name], mark)
+
+
+HEADERS: Final[dict[str, str]] = {
+    name: "ASSISTANT:"
+    if name.startswith("llava15")
+    else "<|im_start|>assistant \n"
+    if name.startswith("onevision_hub")
+    else "<start_of_turn>model\n"
+    if name == "gemma3"
+    else "<|im_start|>assistant\n"
+    for name in TEMPLATES
+}
+"""What precedes an answer and is not part of it; a think block that the template adds comes behind."""
+
+THINK_BLOCK: Final = "<think>\n\n</think>\n\n"
+
+
+def add_special_tokens(processor: Any) -> None:
+    """Teach a tokenizer the special tokens of all templates, none of them as a named one, and a `<bos>`."""
+    from tokenizers import AddedToken
+
+    wanted = [token for each in SPECIALS.values() for token in each]
+    processor.tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in wanted])
+    processor.tokenizer.add_special_tokens({"bos_token": "<bos>"})
+
+
+def end_of_turn(name: str, eos_token: str) -> str:
+    """The token that ends an answer."""
+    return SPECIALS[name][1] if SPECIALS[name] and name != "chatml_no_end" else eos_token

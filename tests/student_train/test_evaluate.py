@@ -33,6 +33,9 @@ TEACHER = str(TINY / "tiny-l2")
         ("red square", "red", False),
         ("", "red", False),
         ("3.5", "3.5", True),
+        ("is it?</think>\n\nRed", "red", True),
+        ("is it?</think>\n\nRed", "<think>\nno\n</think>\n\nred", True),
+        ("<think>\nred", "red", False),
     ],
 )
 def test_matches(answer, reference, right):
