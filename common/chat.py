@@ -1,13 +1,12 @@
-"""A sample as its model reads it: rendered once, tokenised once, every position accounted for.
+"""A sample as its model reads it: rendered, tokenised once, every position accounted for.
 
     Sample ──render──> text, response character ranges      the processor's own chat template
            ──tokenise─> prompt ids, one image token an image offsets tell which tokens answer
            ──expand──> token ids as the teacher sees them   spans and patch tiles per image
 
-A response runs from the generation prompt to the end of its turn, the end-of-turn token included (and
-added where the template writes none, as LLaVA-1.5's) and the white space after it not. It is found by
-rendering prefixes of the conversation, so the template must be prefix-consistent; one that rewrites
-earlier turns is refused.
+A response is an answer with the end-of-turn token behind it (added where the template writes none, as
+LLaVA-1.5's), without the white space after that; see `common.render`. A token that holds both a character
+before the answer and one of it belongs to the response.
 
 A teacher that answers itself reads the same conversation as a dialogue: what stands before each answer,
 with its own answers in between, token for token as it gave them.
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 from common.errors import DataError
 from common.grids import ImageLayout, image_layout
+from common.render import Rendered, render, render_question, render_segments
 from common.spans import expand, fill_prompt
 from schemas.sample import Sample, Span, Tile, Turn
 
@@ -74,16 +74,6 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as text."""
-
-    text: str
-    """The whole conversation under the chat template."""
-    responses: tuple[tuple[int, int], ...]
-    """Character ranges of the responses, end-of-turn token included."""
-
-
-@dataclass(frozen=True, slots=True)
 class Dialogue:
     """What a teacher is asked that answers itself."""
 
@@ -106,7 +96,7 @@ def to_prompt(
 
     Raises:
         DataError: With a `reason` for quarantine: `image-marks`, `empty-response`, `template`,
-            `too-long`, `image-size`.
+            `end-of-turn`, `too-long`, `image-size`.
     """
     _check_turns(sample)
     return _assemble(processor, sample, images, render(processor, sample), max_len)
@@ -123,11 +113,7 @@ def to_question(
     turns = sample.turns
     last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
     asked = sample.model_copy(update={"turns": turns[:last]})
-    if not asked.turns:
-        raise DataError(
-            f"{sample.sample_id}: no turn precedes the answer; add a question", reason="no-question"
-        )
-    text = _render(processor, to_messages(asked), sample.sample_id, add_generation_prompt=True)
+    text = render_question(processor, sample, last)
     return _assemble(processor, asked, images, Rendered(text, ()), max_len)
 
 
@@ -142,27 +128,8 @@ def to_dialogue(processor: Any, sample: Sample, num_images: int) -> Dialogue:
     Raises:
         DataError: `no-question` when nothing precedes an answer, `image-marks`, `template`.
     """
-    turns, messages = sample.turns, to_messages(sample)
-    places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-    if not turns or turns[-1].role != "assistant":
-        places.append(len(turns))
-    if places[0] == 0:
-        raise DataError(
-            f"{sample.sample_id}: no turn precedes the answer; add a question", reason="no-question"
-        )
-    segments, done = [], ""
-    for place in places:
-        before = _render(processor, messages[:place], sample.sample_id, add_generation_prompt=True)
-        if not before.startswith(done):
-            raise DataError(
-                f"{sample.sample_id}: the chat template renders turn {place} differently once more turns "
-                "follow; use a template that only appends",
-                reason="template",
-            )
-        text = before[len(done) :]
-        segments.append(_tokenise(processor, text)[0] if not done else _continue(processor, text))
-        if place < len(turns):
-            done = _render(processor, messages[: place + 1], sample.sample_id).rstrip()
+    first, *later = render_segments(processor, sample)
+    segments = [_tokenise(processor, first)[0], *(_continue(processor, text) for text in later)]
     marks = sum(int((each == image_token_id(processor)).sum()) for each in segments)
     _check_marks(sample, num_images, marks, processor.image_token)
     return Dialogue(sample.sample_id, tuple(segments))
@@ -206,78 +173,18 @@ def image_token_id(processor: Any) -> int:
     return int(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
 
 
-def to_messages(sample: Sample) -> list[dict[str, Any]]:
-    """Chat messages in the form that transformers' templates read."""
-    return [{"role": turn.role, "content": [_content(part) for part in turn.parts]} for turn in sample.turns]
-
-
-def render(processor: Any, sample: Sample) -> Rendered:
-    """The conversation's text, and where its responses lie in it.
-
-    Raises:
-        DataError: The template is not prefix-consistent, or hides a response (`reason="template"`).
-    """
-    messages = to_messages(sample)
-    text = _render(processor, messages, sample.sample_id)
-    ranges = []
-    for index, turn in enumerate(sample.turns):
-        if turn.role != "assistant":
-            continue
-        before = _render(processor, messages[:index], sample.sample_id, add_generation_prompt=True)
-        after = _render(processor, messages[: index + 1], sample.sample_id)
-        if not (after.startswith(before) and text.startswith(after.rstrip())):
-            raise DataError(
-                f"{sample.sample_id}: the chat template renders turn {index} differently once more "
-                "turns follow, so its response cannot be located; use a template that only appends",
-                reason="template",
-            )
-        answer = after[len(before) :].rstrip()
-        if _text(turn).strip() not in answer:
-            raise DataError(
-                f"{sample.sample_id}: the chat template does not show the response "
-                f"{_text(turn)[:40]!r} verbatim; use a template that does",
-                reason="template",
-            )
-        ranges.append((len(before), len(before) + len(answer)))
-    return _close_turns(Rendered(text, tuple(ranges)), processor.tokenizer)
-
-
-def _close_turns(rendered: Rendered, tokenizer: Any) -> Rendered:
-    """End every response with a special token: where the template writes none, a student would never stop."""
-    text, ranges, inserted = rendered.text, [], 0
-    for start, stop in rendered.responses:
-        start, stop = start + inserted, stop + inserted
-        if not text[:stop].endswith(tuple(tokenizer.all_special_tokens)):
-            text = text[:stop] + tokenizer.eos_token + text[stop:]
-            stop += len(tokenizer.eos_token)
-            inserted += len(tokenizer.eos_token)
-        ranges.append((start, stop))
-    return Rendered(text, tuple(ranges))
-
-
-def _render(processor: Any, messages: list[dict[str, Any]], where: str, **options: bool) -> str:
-    from jinja2 import TemplateError
-
-    if not messages and not options.get("add_generation_prompt"):
-        return ""
-    try:
-        return str(processor.apply_chat_template(messages, tokenize=False, **options))
-    except (TemplateError, IndexError) as error:
-        raise DataError(
-            f"{where}: the chat template refuses the conversation: {error}", reason="template"
-        ) from error
-
-
-def _content(part: str | int) -> dict[str, str]:
-    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-
-
 def _text(turn: Turn) -> str:
     return "".join(part for part in turn.parts if isinstance(part, str))
 
 
 def _check_turns(sample: Sample) -> None:
-    answers = [_text(turn) for turn in sample.turns if turn.role == "assistant"]
+    answered = [turn for turn in sample.turns if turn.role == "assistant"]
+    if any(isinstance(part, int) for turn in answered for part in turn.parts):
+        raise DataError(
+            f"{sample.sample_id}: a response marks an image; mark images in questions only",
+            reason="image-marks",
+        )
+    answers = [_text(turn) for turn in answered]
     if not answers or not all(answer.strip() for answer in answers):
         found = "no assistant turn" if not answers else "an empty assistant turn"
         raise DataError(
@@ -355,13 +262,14 @@ def _lay_out(
 
 
 def _response(sample: Sample, offsets: NDArray[np.int64], chars: tuple[int, int]) -> tuple[int, int]:
-    """Range of tokens that begin inside the characters; special tokens outside the text do not count."""
+    """Range of tokens that hold one of the characters; special tokens outside the text do not count."""
     inside = np.flatnonzero(
-        (offsets[:, 0] >= chars[0]) & (offsets[:, 0] < chars[1]) & (offsets[:, 1] > offsets[:, 0])
+        (offsets[:, 1] > chars[0]) & (offsets[:, 0] < chars[1]) & (offsets[:, 1] > offsets[:, 0])
     )
     if not len(inside) or inside[0] == 0:
         raise DataError(
-            f"{sample.sample_id}: no token lies in the response; the text before it swallows it",
+            f"{sample.sample_id}: no token precedes the response, so nothing predicts it; use a template "
+            "that writes a role or a beginning of text before it (--chat-template FILE)",
             reason="template",
         )
     return int(inside[0]), int(inside[-1]) + 1

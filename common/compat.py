@@ -2,7 +2,8 @@
 
 field            must be equal, because
 tokenizer        the cache holds token ids; special tokens and their ids are part of it
-chat template    positions of prompt and response follow from it
+chat template    positions of prompt and response follow from it; the generation prompt matters
+                 only where the teacher answered itself
 image processor  pixels and the number and grid of image tokens follow from it
 vocabulary       equal in its real rows
 head             padding rows may differ and are left out
@@ -15,6 +16,7 @@ from typing import Any, Final, Literal
 
 from common.errors import MismatchError
 from common.fingerprint import fingerprints
+from common.template_fingerprint import former_chat_template_fingerprint
 from common.vocab import Vocabulary, shared_rows
 from schemas.manifest import Manifest
 
@@ -22,7 +24,8 @@ Verdict = Literal["fits", "fits with a note", "does not fit"]
 
 _CURES: Final = {
     "tokenizer": "choose a student of the teacher's family, or dump with a teacher of the student's",
-    "chat_template": "give the student the teacher's chat_template.jinja, or dump with the student's",
+    "chat_template": "give the student the teacher's with --chat-template chat_template.jinja, or dump with "
+    "the student's",
     "image_processor": "give the student the teacher's image settings, dump with the student's, or train on "
     "the student's own positions (--image-grid own)",
 }
@@ -72,7 +75,9 @@ def check_fit(manifest: Manifest, processor: Any, *, vocab_rows: int, own_grid: 
         vocab_rows: Rows of the student's head, padding included; its real tokens are the tokenizer's.
         own_grid: Whether the student may see images through another processor.
     """
-    found = fingerprints(processor)
+    found = fingerprints(processor, asked=manifest.capture.responses == "teacher")
+    if manifest.fingerprints.chat_template == former_chat_template_fingerprint(processor):
+        found = found.model_copy(update={"chat_template": manifest.fingerprints.chat_template})
     fields = [
         _compare(field, getattr(manifest.fingerprints, field), getattr(found, field), own_grid=own_grid)
         for field in _CURES

@@ -1,7 +1,7 @@
 """Fingerprints: equal means compatible. They are taken from behaviour, not from names.
 
     tokenizer        id of every token + ids of a probe text + the special tokens
-    chat template    the template rendered on probe conversations
+    chat template    the template rendered on probe conversations, see `common.template_fingerprint`
     image processor  the settings that change pixels or the number of image tokens
     weights          every weight file's bytes
 
@@ -16,22 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.template_fingerprint import chat_template_fingerprint
 from common.weights_digest import weights_sha256 as weights_sha256  # one of the fingerprints
 from schemas.manifest import Fingerprints
 
 _PROBE_TEXT = (
     "The quick brown fox: 3.14159 + 42 = ?\n\tÄpfel, naïve — “quoted” … 你好，世界 123 日本語 🙂\n"
     "  two  spaces   and\r\nCRLF; don't, I'LL; <b>html</b> x_y-z @user #tag https://a.b/c?d=e"
-)
-
-_PROBE_CONVERSATIONS = (
-    [{"role": "user", "content": [{"type": "text", "text": "What is it?"}]}],
-    [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
-        {"role": "user", "content": [{"type": "text", "text": "Sure?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
-    ],
 )
 
 _PIXEL_SETTINGS = (
@@ -69,15 +60,16 @@ _TOKEN_COUNT_SETTINGS = (
 _NAMES_IN_CONFIG = frozenset({"_name_or_path", "transformers_version"})
 
 
-def fingerprints(processor: Any) -> Fingerprints:
+def fingerprints(processor: Any, *, asked: bool = False) -> Fingerprints:
     """Return what a student must match to train from a cache dumped with `processor`.
 
     Args:
         processor: A transformers multi-modal processor with `tokenizer` and `image_processor`.
+        asked: Whether the teacher answers itself, so that its text contains the generation prompt.
     """
     return Fingerprints(
         tokenizer=tokenizer_fingerprint(processor.tokenizer),
-        chat_template=chat_template_fingerprint(processor),
+        chat_template=chat_template_fingerprint(processor, asked=asked),
         image_processor=image_processor_fingerprint(processor),
     )
 
@@ -88,18 +80,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     specials = sorted(set(tokenizer.all_special_ids))
     probe = tokenizer(_PROBE_TEXT, add_special_tokens=False).input_ids
     return _hash_json([vocabulary, specials, tokenizer.eos_token_id, list(probe)])
-
-
-def chat_template_fingerprint(processor: Any) -> str:
-    """Hash the template rendered on probe conversations, with and without the generation prompt."""
-    render = processor.apply_chat_template
-    return _hash_json(
-        [
-            render(conversation, tokenize=False, add_generation_prompt=prompt)
-            for conversation in _PROBE_CONVERSATIONS
-            for prompt in (False, True)
-        ]
-    )
 
 
 def image_processor_fingerprint(processor: Any) -> str:

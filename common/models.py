@@ -16,8 +16,14 @@ from pathlib import Path
 from common.errors import ConfigError
 
 TINY = Path(__file__).parent / "tiny"
-FAMILY_OF_TYPE = {"llava_onevision": "llava-onevision", "qwen2_5_vl": "qwen2.5-vl", "qwen3_vl": "qwen3-vl"}
-"""Family of a local directory by its `model_type`, where the type says enough."""
+FAMILY_OF_TYPE = {
+    "llava": "llava-1.5",
+    "llava_onevision": "llava-onevision",
+    "qwen2_5_vl": "qwen2.5-vl",
+    "qwen3_vl": "qwen3-vl",
+}
+"""Family whose presets a model of that `model_type` is compared with first; whether they fit is checked
+by their fingerprints. A type that is not here is a family of its own, without presets."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -115,6 +121,21 @@ def smallest_of_family(family: str) -> ModelRef:
         )
     smallest = min(members, key=lambda preset: preset.size)
     return _of_preset(smallest.name, smallest)
+
+
+def family_of_teacher(name: str, model_type: str) -> str:
+    """Family of a cache's teacher, which may be no preset, or lie in a directory of another machine.
+
+    Args:
+        name: What the dump called it.
+        model_type: `config.model_type`, as the cache's manifest has it.
+    """
+    try:
+        family = resolve_model(name).family
+    except ConfigError:
+        return _family_of_type(model_type)
+    known = {preset.family for preset in PRESETS.values()}
+    return family if family in known else _family_of_type(model_type)
 
 
 def _of_preset(name: str, preset: Preset) -> ModelRef:

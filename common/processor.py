@@ -6,18 +6,30 @@ What is set here is part of the identity of a level: the fingerprints are taken 
 is after the options were applied, so teacher and student must be given the same ones.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.render import check_template
 from schemas.base import Frozen
+
+_COUNTED_WITH: dict[str, dict[str, Any]] = {
+    "LlavaProcessor": {
+        "patch_size": 14,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    },
+    "LlavaOnevisionProcessor": {"num_image_tokens": 729, "vision_feature_select_strategy": "full"},
+}
+"""What a processor counts an image's positions with, and the values of LLaVA-1.5 and of LLaVA-OneVision."""
 
 
 class ProcessorOptions(Frozen):
     """What a user may set of a processor; every command that loads one has these settings."""
 
     chat_template: str | None = None
-    """File with the chat template to use in place of the model's own (Jinja, as chat_template.jinja)."""
+    """File with the chat template to use in place of the model's own: chat_template.jinja or .json."""
 
 
 def load_processor(path: str, *, revision: str | None = None, options: ProcessorOptions | None = None) -> Any:
@@ -29,7 +41,8 @@ def load_processor(path: str, *, revision: str | None = None, options: Processor
         options: What the user set; a command's settings are such options.
 
     Raises:
-        ConfigError: There is no processor, no chat template, or no fast tokenizer; an option is wrong.
+        ConfigError: There is no processor, no chat template, or no fast tokenizer; an option is wrong; the
+            chat template does not parse, fails on every conversation, or renders nothing.
     """
     try:
         from transformers import AutoProcessor
@@ -50,6 +63,8 @@ def load_processor(path: str, *, revision: str | None = None, options: Processor
     if options is not None:
         apply_options(processor, options)
     check_processor(processor, path)
+    given = None if options is None else options.chat_template
+    check_template(processor, path if given is None else f"--chat-template {given}")
     return processor
 
 
@@ -60,13 +75,30 @@ def apply_options(processor: Any, options: ProcessorOptions) -> None:
         ConfigError: A file is not there, or is not text.
     """
     if options.chat_template is not None:
-        try:
-            processor.chat_template = Path(options.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"--chat-template {options.chat_template} cannot be read ({error}); "
-                "give a file with a Jinja template"
-            ) from error
+        processor.chat_template = _read_template(options.chat_template)
+
+
+def _read_template(file: str) -> str:
+    """A chat template from a Jinja file, or from the JSON file that older checkpoints keep theirs in."""
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--chat-template {file} cannot be read ({error}); give a file with a Jinja template"
+        ) from error
+    if not text.strip():
+        raise ConfigError(f"--chat-template {file} is empty; give a file with a Jinja template")
+    if not file.endswith(".json"):
+        return text
+    try:
+        found = json.loads(text)["chat_template"]
+    except (ValueError, TypeError, KeyError):
+        found = None
+    if not isinstance(found, str):
+        raise ConfigError(
+            f"--chat-template {file} has no text called chat_template; give a file with a Jinja template"
+        )
+    return found
 
 
 def read_vocab_rows(path: str, *, revision: str | None = None) -> int:
@@ -105,4 +137,17 @@ def check_processor(processor: Any, path: str) -> None:
         raise ConfigError(
             f"{path}: the processor marks images with {processor.image_token!r}, which is no token of its "
             "tokenizer; mend processor_config.json, or use the tokenizer that belongs to it"
+        )
+    _check_counts(processor, path)
+
+
+def _check_counts(processor: Any, path: str) -> None:
+    """Refuse a processor that cannot tell how many positions an image takes, as early revisions could not."""
+    needed = _COUNTED_WITH.get(type(processor).__name__, {})
+    missing = [name for name in needed if getattr(processor, name, None) is None]
+    if missing:
+        raise ConfigError(
+            f"{path}: its {type(processor).__name__} says nothing of {', '.join(missing)}, so that the "
+            "positions of an image cannot be counted; take the checkpoint's current revision, or write "
+            f"processor_config.json with what fits its vision tower, such as {json.dumps(needed)}"
         )

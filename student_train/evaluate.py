@@ -2,7 +2,7 @@
 
 sample ──every assistant turn──> question (turns before it), reference
        ──chat template──> prompt ──generate, greedy, batched by length──> answer
-answer = reference (case, outer white space and a final full stop aside)  ──> share right per kind
+answer = reference (thoughts, case, outer white space and a final full stop aside)  ──> share right per kind
                                                                            ──> mean over kinds
 """
 
@@ -19,16 +19,16 @@ from typing import Any, Final
 import torch
 from tqdm import tqdm
 
-from common.chat import to_messages
 from common.data.open import open_source
 from common.data.source import SampleSource
 from common.errors import ConfigError, DataError
 from common.images import read_image
 from common.processor import ProcessorOptions, load_processor
+from common.render import render_question
 from schemas.sample import Sample
 from student_train.config import EvalConfig
 from student_train.metrics import write_json
-from student_train.model import load_student
+from student_train.model import load_student, stop_ids
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +157,9 @@ def answer(
     root, hide = source.image_root, True if team.rank else None
     questions = list(islice(read_questions(processor, source), limit))
     if not questions:
-        raise ConfigError(f"{source.path} holds no assistant turn to answer; name other data with --eval")
+        raise ConfigError(
+            f"{source.path} holds no assistant turn that can be asked; see the log, or name other data"
+        )
     by_length = sorted(
         range(len(questions)), key=lambda row: (questions[row].num_images, len(questions[row].prompt))
     )
@@ -203,20 +205,22 @@ def read_questions(processor: Any, source: SampleSource) -> Iterator[Question]:
 
     Args:
         processor: Its chat template renders the prompt.
-        source: Held-out samples; those that cannot be read are left out and named in the log.
+        source: Held-out samples; those that cannot be read or rendered are left out and named in the log.
     """
     for sample in _readable(source):
-        messages = to_messages(sample)
         for place, turn in enumerate(sample.turns):
             if turn.role != "assistant" or place == 0:
                 continue
             before = sample.turns[:place]
+            try:
+                prompt = render_question(processor, sample, place)
+            except DataError as error:
+                log.warning("question of sample %s left out: %s", sample.sample_id, error)
+                continue
             yield Question(
                 sample_id=sample.sample_id,
                 kind=sample.kind or "all",
-                prompt=processor.apply_chat_template(
-                    messages[:place], tokenize=False, add_generation_prompt=True
-                ),
+                prompt=prompt,
                 question=_text(before[-1].parts),
                 reference=_text(turn.parts),
                 sample=sample,
@@ -250,26 +254,22 @@ def generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        repetition_penalty=1.0,  # a model's own settings may hold one; the likeliest token is wanted
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        eos_token_id=_stops(model, tokenizer),
+        eos_token_id=stop_ids(model, processor),
     )
     new = ids[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def _stops(model: Any, tokenizer: Any) -> list[int]:
-    named = model.generation_config.eos_token_id
-    ids = named if isinstance(named, list) else [named]
-    return sorted({int(each) for each in [*ids, tokenizer.eos_token_id] if each is not None})
-
-
 def matches(answer: str, reference: str) -> bool:
-    """Compare two answers, case, spacing and a final full stop aside."""
+    """Compare two answers; thoughts before `</think>`, case, spacing and a final full stop do not count."""
     return _plain(answer) == _plain(reference)
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip().rstrip(".").strip().lower()
+    spoken = text.rpartition("</think>")[2]
+    return re.sub(r"\s+", " ", spoken).strip().rstrip(".").strip().lower()
 
 
 def _text(parts: Sequence[str | int]) -> str:

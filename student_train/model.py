@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ConfigError, MismatchError
+from common.render import end_token
 from student_train.batch import Batch
 from student_train.losses.balance import UncertaintyWeights
 from student_train.losses.objective import Counts, Objective, Outcome
@@ -315,8 +316,10 @@ def save_student(
         raise MismatchError(f"{directory} exists already; move it away to save the model there")
     temporary = directory.with_name(f".{directory.name}.tmp{os.getpid()}")
     tokenizer, generation = processor.tokenizer, student.model.generation_config
-    generation.eos_token_id = generation.eos_token_id or tokenizer.eos_token_id
+    stops = stop_ids(student.model, processor)
+    generation.eos_token_id = stops if len(stops) > 1 else stops[0] if stops else None
     generation.pad_token_id = generation.pad_token_id or tokenizer.pad_token_id
+    _complete_sampling(generation)
     student.model.save_pretrained(temporary, state_dict=weights)
     processor.save_pretrained(temporary)
     if student.family.hub_tower:
@@ -325,6 +328,27 @@ def save_student(
     sync_tree(temporary)
     temporary.replace(directory)
     sync_directory(directory.parent)
+
+
+def _complete_sampling(generation: Any) -> None:
+    """Say that a model samples whose files name a temperature, as old checkpoints leave it out.
+
+    transformers 5 reads such a file and refuses to write it: a run would end without its student.
+    """
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+
+
+def stop_ids(model: Any, processor: Any) -> list[int]:
+    """Ids that end an answer: those the model names, the tokenizer's, and what the template trains."""
+    named = model.generation_config.eos_token_id
+    ids = [*(named if isinstance(named, list) else [named]), processor.tokenizer.eos_token_id]
+    token = end_token(processor)
+    if token is not None:
+        ids.append(processor.tokenizer.convert_tokens_to_ids(token))
+    return sorted({int(each) for each in ids if each is not None})
 
 
 def _rename_tower(directory: Path, hub_tower: str) -> None:

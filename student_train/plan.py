@@ -20,7 +20,7 @@ from common.data.open import open_source, recorded_path
 from common.data.source import SampleSource
 from common.errors import ConfigError, MismatchError, PartMissing, quote
 from common.fingerprint import weights_sha256
-from common.models import ModelRef, resolve_model, smallest_of_family
+from common.models import ModelRef, family_of_teacher, resolve_model, smallest_of_family
 from common.processor import load_processor
 from schemas.manifest import Manifest
 from student_train.collate import Wanted
@@ -269,7 +269,8 @@ def choose_student(name: str | None, level: Level) -> ModelRef:
     """
     if name is not None:
         return resolve_model(name)
-    return smallest_of_family(resolve_model(level.manifest.teacher.model).family)
+    teacher = level.manifest.teacher
+    return smallest_of_family(family_of_teacher(teacher.model, teacher.model_type))
 
 
 def choose_recipe(name: str | None, levels: Sequence[Level], *, tiny: bool, own_grid: bool = False) -> Recipe:

@@ -170,7 +170,7 @@ def _portable(config: DumpConfig, teacher: Teacher) -> DumpConfig:
         update={
             "model": str(teacher.path) if local else config.model,
             "out": config.out if "://" in config.out else str(Path(config.out).absolute()),
-            "chat_template": config.chat_template and str(Path(config.chat_template).absolute()),
+            "chat_template": config.chat_template and str(Path(config.chat_template).expanduser().absolute()),
         }
     )
 

@@ -14,6 +14,7 @@ from common.data.source import SampleSource
 from common.devices import vllm_build
 from common.errors import ConfigError, DataError
 from common.fingerprint import fingerprints
+from common.render import check_answers
 from schemas.manifest import Capture, DataSource, Encoding, Manifest, Relation, SampleSet
 from teacher_dump.config import DumpConfig
 from teacher_dump.engine import MAX_BIASED_IDS, EngineSettings, check_arguments, telling_arguments
@@ -30,8 +31,8 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
     """Refuse what cannot work before anything is loaded.
 
     Raises:
-        ConfigError: K exceeds the real vocabulary, an engine argument is not the user's to set, or there
-            are too many padding rows to keep out of answers.
+        ConfigError: K exceeds the real vocabulary, an engine argument is not the user's to set, the chat
+            template changes even a plain answer, or there are too many padding rows to keep out of answers.
         DataError: There are no samples.
     """
     check_arguments(config.engine_arguments)
@@ -40,6 +41,8 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
             raise ConfigError(
                 f"{name} is {topk}, {teacher.ref.name} has {teacher.vocab_size} tokens; give at most that"
             )
+    if not config.teacher_answers:
+        check_answers(teacher.processor, config.chat_template or teacher.ref.name)
     if config.batch_invariant and "cpu" in (vllm_build() or ""):
         raise ConfigError(
             "--batch-invariant is for GPUs, this vLLM computes on the CPU; leave it out: there, one worker "
@@ -108,7 +111,7 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
         told["batch_invariant"] = "true"
     return Manifest(
         teacher=teacher.identity(config.quantization, told),
-        fingerprints=fingerprints(teacher.processor),
+        fingerprints=fingerprints(teacher.processor, asked=config.teacher_answers),
         vocab_rows=teacher.vocab_rows,
         vocab_size=teacher.vocab_size,
         hidden_size=teacher.hidden_size,

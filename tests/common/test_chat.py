@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.chat import ImageInput, render, to_messages, to_prompt, to_question
+from common.chat import ImageInput, to_prompt, to_question
 from common.errors import ConfigError, DataError
 from common.grids import image_layout
+from common.messages import to_messages
 from common.processor import load_processor
+from common.render import render
 from schemas.sample import ImageRef, Sample, Turn
 from tests import tiny_families
 

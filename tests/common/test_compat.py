@@ -66,7 +66,7 @@ def test_padded_heads_fit_with_a_note(cache, student, capsys):
 
 CHANGES = {
     "chat template": lambda d: (d / "chat_template.jinja").write_text(
-        (d / "chat_template.jinja").read_text("utf-8").replace("ASSISTANT", "ROBOT"), "utf-8"
+        (d / "chat_template.jinja").read_text("utf-8").replace("| upper", "| lower"), "utf-8"
     ),
     "tokenizer": lambda d: edit(d / "tokenizer.json", swap_ids),
     "image processor": lambda d: edit(

@@ -57,7 +57,7 @@ def test_another_token_changes_only_the_tokenizer(processor):
 
 def test_another_template_changes_only_the_template(processor):
     before = fingerprints(processor)
-    processor.chat_template = processor.chat_template.replace("ASSISTANT", "ROBOT")
+    processor.chat_template = processor.chat_template.replace("| upper", "| lower")
     after = fingerprints(processor)
     assert after.chat_template != before.chat_template
     assert (after.tokenizer, after.image_processor) == (before.tokenizer, before.image_processor)
@@ -117,7 +117,7 @@ def test_a_head_smaller_than_the_vocabulary_is_refused(manifest, processor):
 
 def test_every_differing_field_is_named_with_a_cure(manifest, processor):
     processor.tokenizer.add_tokens(["brandnew"])
-    processor.chat_template = processor.chat_template.replace("ASSISTANT", "ROBOT")
+    processor.chat_template = processor.chat_template.replace("| upper", "| lower")
     processor.image_processor.image_mean = [0.1, 0.1, 0.1]
     with pytest.raises(MismatchError) as refused:
         require_fit("zarr/l1", manifest, "tiny-student", processor, vocab_rows=448)

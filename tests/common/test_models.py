@@ -4,7 +4,7 @@ import pytest
 
 from common import models
 from common.errors import ConfigError
-from common.models import ModelRef, resolve_model, smallest_of_family
+from common.models import ModelRef, family_of_teacher, resolve_model, smallest_of_family
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,17 @@ def test_unknown_names_suggest_the_nearest(typed, near):
 def test_malformed_names_list_the_presets(typed):
     with pytest.raises(ConfigError, match="tiny-l1"):
         resolve_model(typed)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "family"),
+    [
+        ("7b", "llava_onevision", "llava-onevision"),
+        ("tiny-l1", "llava_onevision", "tiny"),
+        ("someone/their-vlm", "qwen3_vl", "qwen3-vl"),
+        ("/data/of/another/machine", "llava", "llava-1.5"),
+        ("/data/of/another/machine", "internvl", "internvl"),
+    ],
+)
+def test_a_teachers_family_is_known_by_its_name_or_by_its_type(name, model_type, family):
+    assert family_of_teacher(name, model_type) == family

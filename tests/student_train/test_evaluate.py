@@ -9,7 +9,17 @@ from common.errors import ConfigError
 from common.models import TINY
 from common.processor import load_processor
 from student_train.config import EvalConfig
-from student_train.evaluate import Answer, Team, evaluate, matches, read_questions, run_evaluation, score
+from student_train.evaluate import (
+    Answer,
+    Team,
+    evaluate,
+    generate,
+    matches,
+    read_questions,
+    run_evaluation,
+    score,
+)
+from student_train.model import load_student
 from tests.student_train.conftest import STUDENT
 
 TEACHER = str(TINY / "tiny-l2")
@@ -23,6 +33,9 @@ TEACHER = str(TINY / "tiny-l2")
         ("red square", "red", False),
         ("", "red", False),
         ("3.5", "3.5", True),
+        ("is it?</think>\n\nRed", "red", True),
+        ("is it?</think>\n\nRed", "<think>\nno\n</think>\n\nred", True),
+        ("<think>\nred", "red", False),
     ],
 )
 def test_matches(answer, reference, right):
@@ -59,6 +72,15 @@ def test_answers_do_not_depend_on_the_batch(held_out):
     _, alone = evaluate(TEACHER, source, batch_size=1, limit=10)
     assert together[:10] == alone
     assert len(together) == 36
+
+
+def test_answers_do_not_depend_on_the_models_sampling_settings():
+    """Qwen2.5-VL's files hold a penalty, which greedy generation of transformers applies too."""
+    model, processor = load_student(STUDENT).model.eval(), load_processor(STUDENT)
+    question = "<|im_start|>user\nwhat is red red red?<|im_end|>\n<|im_start|>assistant\n", []
+    plain = generate(model, processor, [question], 12)
+    model.generation_config.update(repetition_penalty=30.0, do_sample=True, temperature=0.7, top_k=20)
+    assert generate(model, processor, [question], 12) == plain
 
 
 def test_a_trained_teacher_beats_chance(held_out):

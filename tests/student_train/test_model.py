@@ -103,6 +103,16 @@ def test_saved_directory_loads_as_it_was(directories, family, tmp_path):
         save_student(student, processor, tmp_path / "model", card="")
 
 
+def test_sampling_settings_of_old_checkpoints_do_not_stop_saving(tmp_path):
+    """A temperature without `do_sample`, as Vicuna's files have it."""
+    shutil.copytree(STUDENT, tmp_path / "old")
+    file = tmp_path / "old" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.9, "top_p": 0.6}))
+    save_student(load_student(str(tmp_path / "old")), load_processor(STUDENT), tmp_path / "new", card="")
+    saved = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
+
+
 def test_tower_has_the_names_that_hub_checkpoints_and_vllm_use(tmp_path):
     save_student(load_student(STUDENT), load_processor(STUDENT), tmp_path / "model", card="")
     with safe_open(tmp_path / "model" / "model.safetensors", framework="pt") as file:

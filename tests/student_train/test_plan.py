@@ -56,7 +56,7 @@ def test_a_student_of_another_family_is_refused_before_any_weight_is_read(config
 @pytest.mark.parametrize(
     ("file", "change", "field"),
     [
-        ("chat_template.jinja", lambda text: text.replace("ASSISTANT", "BOT"), "chat template"),
+        ("chat_template.jinja", lambda text: text.replace("| upper", "| lower"), "chat template"),
         (
             "processor_config.json",
             lambda text: text.replace('"height": 48', '"height": 56'),

@@ -37,12 +37,13 @@ _MARK = "CASCACHE_TEST_JOB"
 def run_cases(
     module: str, models: Path, out: Path, cases: list[str], *, beside: Path | None = None
 ) -> Callable[[str], Any]:
-    """Run cases of a module of this package; returns what gives each case's answer.
+    """Run cases of a module (of this package, unless its whole name is given); returns what gives answers.
 
     `beside` is a directory that Python looks into first. The answer of a case that failed is an
     AssertionError with the end of what it printed.
     """
-    command = [sys.executable, "-m", __name__, f"{__package__}.{module}", str(models), str(out), *cases]
+    whole = module if "." in module else f"{__package__}.{module}"
+    command = [sys.executable, "-m", __name__, whole, str(models), str(out), *cases]
     environment = {**os.environ, **QUIET, _MARK: str(out)} | ({"PYTHONPATH": str(beside)} if beside else {})
     with (out / "job.log").open("wb") as log:
         job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
