@@ -10,30 +10,21 @@ from common.cache.writer import sealed_parts
 from teacher_dump.cli import main
 from tests.teacher_dump.dump_job import command, said, work_of, write_data
 from tests.teacher_dump.forked import fork
-from tests.templates import fit
 
 PARTS = ("--part-samples", "16")
 
 
-def arguments_for(models: Path, out: str) -> list[str]:
-    """Of a dump in a working directory of its own, with a chat template that only that directory has."""
-    root = work_of(models)
-    os.chdir(root)
-    Path("hub.jinja").write_text(fit("onevision_hub", "<image>"))
-    data = write_data(root / "ray-data", 96)
-    return [*command(models, data, root / out), *PARTS, "--chat-template", "hub.jinja"]
-
-
 def alone(models: Path) -> tuple[int, str]:
     """By one engine."""
-    return said(lambda: main(arguments_for(models, "alone")))
+    root = work_of(models)
+    return said(lambda: main([*command(models, write_data(root / "ray-data", 96), root / "alone"), *PARTS]))
 
 
 def lost_actor(models: Path) -> dict[str, Any]:
     """By two actors, one of which is killed in the middle of a part."""
     root = work_of(models)
     out, heard = root / "lost", root / "lost.log"
-    arguments = [*arguments_for(models, "lost"), "--workers", "2"]
+    arguments = [*command(models, write_data(root / "ray-data", 96), out), *PARTS, "--workers", "2"]
 
     def run() -> int:
         status, said_it = said(lambda: main(arguments))
