@@ -1,0 +1,62 @@
+"""What a bug report must not carry: home directory, user and host names, tokens, passwords in addresses."""
+
+import getpass
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Any, Final
+
+_SECRET_NAME: Final = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|AUTH", re.I)
+_SECRETS: Final = (
+    (re.compile(r"\b(?:hf|sk|ghp|gho|github_pat|xox[bp])[_-][A-Za-z0-9_-]{8,}"), "<token>"),
+    (re.compile(r"\bAKIA[0-9A-Z]{12,}"), "<token>"),
+    (re.compile(r"\bBearer\s+\S+", re.I), "Bearer <token>"),
+    (re.compile(r"(?<=://)[^/\s@]+@"), "<login>@"),
+)
+_SHORTEST_NAME: Final = 3
+"""Shorter user or host names occur in ordinary words."""
+_COMMON_NAMES: Final = frozenset({"root", "user", "ubuntu", "localhost"})
+
+
+def redact(text: str) -> str:
+    """Text without what names the person, the machine or a secret."""
+    for pattern, stand_in in _SECRETS:
+        text = pattern.sub(stand_in, text)
+    for name, stand_in in _private_names():
+        text = re.sub(rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])", stand_in, text)
+    return text
+
+
+def redact_all(value: Any) -> Any:
+    """JSON types with every text redacted, keys too."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(str(name)): redact_all(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_all(each) for each in value]
+    return value
+
+
+def is_secret(name: str) -> bool:
+    """Whether an environment variable of this name may hold a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def _private_names() -> list[tuple[str, str]]:
+    home = str(Path("~").expanduser())
+    found = [(home, "~")] if len(home) > 1 else []
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no such user in a container's list
+        user = ""
+    host = socket.gethostname()
+    names = [(user, "<user>"), (os.environ.get("USER", ""), "<user>"), (host, "<host>")]
+    names += [(host.partition(".")[0], "<host>")]
+    found += [
+        (name, stand_in)
+        for name, stand_in in names
+        if len(name) >= _SHORTEST_NAME and name not in _COMMON_NAMES
+    ]
+    return found
