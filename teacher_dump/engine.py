@@ -315,6 +315,12 @@ class Engine:
         prompt = _to_vllm(submission.prompt, submission.pixels)
         self._llm.enqueue([prompt], [params], use_tqdm=False)
 
+    def forget_images(self) -> None:
+        """Empty the caches of processed and encoded images: a second pass then costs what a first does."""
+        if self._llm is not None:
+            self._llm.reset_mm_cache()
+            self._llm.llm_engine.reset_encoder_cache()
+
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Let the teacher answer a wave of questions.
 

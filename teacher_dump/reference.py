@@ -32,13 +32,14 @@ class Forward(NamedTuple):
 class Reference:
     """A model of transformers and its processor."""
 
-    def __init__(self, path: Path, processor: Any, *, vocab_size: int) -> None:
+    def __init__(self, path: Path, processor: Any, *, vocab_size: int, dtype: str = "float32") -> None:
         """Load the weights.
 
         Args:
             path: Directory of the model.
             processor: Its processor.
             vocab_size: Real tokens.
+            dtype: What it computes in.
 
         Raises:
             ConfigError: transformers cannot load it.
@@ -46,7 +47,7 @@ class Reference:
         from transformers import AutoModelForImageTextToText
 
         try:
-            model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32)
+            model = AutoModelForImageTextToText.from_pretrained(path, dtype=getattr(torch, dtype))
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"transformers cannot load {path} ({error}); name the teacher with --model"

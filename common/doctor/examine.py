@@ -122,7 +122,8 @@ def _halves(config: DoctorConfig, teacher: ModelRef, student: ModelRef | None, s
                 "student", f"no preset has family {teacher.family}: name a student with --student"
             )
         else:
-            inner = inner.model_copy(update={"student": student.name})
+            if config.cache is None:
+                inner = inner.model_copy(update={"student": student.name})
             yield from _half("student", inner, say)
 
 
