@@ -80,7 +80,7 @@ class _Child:
         self._until = time.monotonic() + seconds
         self.seconds, self.expired = seconds, False
         self.errors: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._queue: queue.Queue[str | None] = queue.Queue()
+        self._queue: queue.Queue[str] = queue.Queue()
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -94,10 +94,9 @@ class _Child:
         )
         assert self._process.stdout is not None
         assert self._process.stderr is not None
-        self._readers = [
-            self._read(self._process.stdout, self._queue.put),
-            self._read(self._process.stderr, self.errors.append),
-        ]
+        self._streams = self._process.stdout, self._process.stderr
+        takers = self._queue.put, self.errors.append
+        self._readers = [self._read(*each) for each in zip(self._streams, takers, strict=True)]
 
     def _read(self, stream: IO[str], take: Callable[[str], Any]) -> threading.Thread:
         def run() -> None:
@@ -136,13 +135,15 @@ class _Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for reader in self._readers:
+        for reader, stream in zip(self._readers, self._streams, strict=True):
             reader.join(_DRAIN_SECONDS)
+            if not reader.is_alive():  # else somebody beyond our reach holds the pipe
+                stream.close()
 
 
-def _parse(line: str | None) -> Iterator[dict[str, Any]]:
+def _parse(line: str) -> Iterator[dict[str, Any]]:
     with contextlib.suppress(ValueError):  # not ours
-        found = json.loads(line or "")
+        found = json.loads(line)
         if isinstance(found, dict):
             yield found
 

@@ -61,9 +61,9 @@ def _find_cache(config: DoctorConfig, place: Path, reporter: Reporter) -> tuple[
 def _one_stage(plan: Plan) -> Plan:
     """The plan's last stage alone, a few small steps of it: with the cascade's recipe that is `dft`."""
     last, level = plan.stages[-1], plan.levels[0]
-    size = min(_BATCH, last.sampler.num_samples)
+    size = min(_BATCH, level.cache.num_samples)
     stage = last.stage.model_copy(
-        update={"epochs": None, "steps": _STEPS, "batch_size": size, "tokens_per_batch": None}
+        update={"epochs": None, "steps": _STEPS, "batch_size": size, "tokens_per_batch": None, "kinds": ()}
     )
     sampler = make_sampler(
         level.cache,
@@ -87,7 +87,7 @@ def _check_fit(plan: Plan, made_up: bool) -> Check:
         "samples": level.cache.num_samples,
         "terms": dict(stage.terms),
         "trains": list(stage.trains),
-        "notes": list(plan.notes),
+        "notes": [note for note in plan.notes if note.startswith(level.path)],
     }
     said = f"{plan.student.name} fits the {teacher}"
     return Finding("fit", said, "equal tokenizer, template, image settings and vocabulary", values).passes()

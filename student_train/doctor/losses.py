@@ -70,7 +70,12 @@ def check_losses(run: Run, trainer: StageTrainer, inputs: StepInput) -> Check:
 
     truth = _gradients_in_float64(trainer, term, hidden, head, batch)
     fused, eager = (gradients(name, exact=False) for name in ("fused", "eager"))
-    return _judge(_distances(fused, truth), _distances(eager, truth), fused, batch, str(hidden.dtype))
+    apart = {
+        "fused_from_float64": _distances(fused, truth),
+        "eager_from_float64": _distances(eager, truth),
+        "fused_from_eager": _distances(fused, eager),
+    }
+    return judge(apart, loss=float(fused.loss), batch=batch, precision=run.plan.config.precision)
 
 
 def _gradients(objective: Objective, hidden: Tensor, head: Head, batch: Batch, arithmetic: Any) -> Gradients:
@@ -117,34 +122,35 @@ def _distances(found: Gradients, truth: Gradients) -> dict[str, float]:
     }
 
 
-def _judge(
-    fused: dict[str, float], eager: dict[str, float], found: Gradients, batch: Batch, dtype: str
-) -> Check:
+def judge(apart: dict[str, dict[str, float]], *, loss: float, batch: Batch, precision: str) -> Check:
+    """Distances of the two implementations against what rounding allows.
+
+    Args:
+        apart: Relative distances of loss and gradients: `fused_from_float64`, `eager_from_float64`,
+            `fused_from_eager`.
+        loss: Of the fused one.
+        batch: What was compared.
+        precision: Training's arithmetic.
+    """
+    fused, eager = apart["fused_from_float64"], apart["eager_from_float64"]
+    limits = {name: max(_FLOOR, _ALLOWED * each) for name, each in eager.items()}
     rows = len(batch.response_rows) + len(batch.visual_rows)
-    limits = {name: max(_FLOOR, _ALLOWED * eager[name]) for name in eager}
-    values = {
-        "rows": rows,
-        "images": len(batch.relations),
-        "states_dtype": dtype.removeprefix("torch."),
-        "loss": float(found.loss),
-        "fused_from_float64": fused,
-        "eager_from_float64": eager,
-        "limits": limits,
-    }
-
-    def told(distances: dict[str, float]) -> str:
-        return f"{distances['loss']:.1e} (gradients {max(distances['hidden'], distances['head']):.1e})"
-
+    values = {"rows": rows, "images": len(batch.relations), "precision": precision, "loss": loss}
     said = (
-        f"fused losses {told(fused)} from float64, eager ones {told(eager)}, relative, over {rows} rows "
-        f"({values['states_dtype']})"
+        f"over {rows} rows ({precision}): fused from eager {_told(apart['fused_from_eager'])}; from float64 "
+        f"fused {_told(fused)}, eager {_told(eager)}; relative"
     )
-    finding = Finding("losses", said, f"at most {_ALLOWED:g} × the eager ones' or {_FLOOR:g}", values)
-    if not all(fused[name] <= limits[name] for name in limits):  # NaN too
+    wanted = f"no farther from float64 than {_ALLOWED:g} × the eager ones, or {_FLOOR:g}"
+    finding = Finding("losses", said, wanted, values | apart | {"limits": limits})
+    if not all(fused[name] <= limit for name, limit in limits.items()):  # NaN too
         return finding.fails(
             "do not train: report it with --json; --precision fp32 shows whether the arithmetic is the cause"
         )
     return finding.passes()
+
+
+def _told(distances: dict[str, float]) -> str:
+    return f"{distances['loss']:.1e} (gradients {max(distances['hidden'], distances['head']):.1e})"
 
 
 def _detached(value: Tensor | None) -> Tensor | None:

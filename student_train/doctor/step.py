@@ -55,9 +55,9 @@ def check_step(run: Run, trainer: StageTrainer, inputs: Sequence[StepInput], *, 
         "note": note,
     }
     said = (
-        f"{best:.3f} s per step of {values['samples']} samples ({values['tokens_per_second']:,.0f} tokens "
-        f"per second, {values['precision']}), head and losses {values['head_and_loss_share']:.0%}, peak memory "
-        f"{size(peak)}" + (f"; {note}" if note else "")
+        f"{best:.3f} s per step of {values['samples']} samples ({tokens / best:,.0f} tokens per second, "
+        f"{values['precision']}), head and losses {values['head_and_loss_share']:.0%}, "
+        f"peak memory {size(peak)}" + (f"; {note}" if note else "")
     )
     finding = Finding("step", said, "a step that fits into memory with room to spare", values)
     if total is not None and peak > _TIGHT * total:

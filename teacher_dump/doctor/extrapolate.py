@@ -37,13 +37,25 @@ def check_whole_data(
     num_bytes = num_bytes.times(written / raw.sum()).times(num_samples, fixed * parts)
     spread = ratio_interval(positions, sizes, share=share, seed=config.seed)
     stations = measured.stations
+    of_parts = parts * measured.sealing.per_part
     best = spread.times(max(stations.values()) / positions.sum() * num_samples)
-    worst = spread.times(sum(stations.values()) / positions.sum() * num_samples)
+    worst = spread.times(sum(stations.values()) / positions.sum() * num_samples, of_parts)
     free = None if "://" in config.out else shutil.disk_usage(existing(Path(config.out))).free
-    return _judge(num_samples, num_bytes, best, worst, free)
+    return judge_whole_data(num_samples, num_bytes, best, worst, free)
 
 
-def _judge(num_samples: int, num_bytes: Interval, best: Interval, worst: Interval, free: int | None) -> Check:
+def judge_whole_data(
+    num_samples: int, num_bytes: Interval, best: Interval, worst: Interval, free: int | None
+) -> Check:
+    """Time and bytes against the disk.
+
+    Args:
+        num_samples: Samples of the data.
+        num_bytes: Of the level.
+        best: Seconds, where driver, engine and sealing overlap entirely.
+        worst: Seconds, one after another.
+        free: Bytes free where the level would go; None where there is no end to them.
+    """
     said = (
         f"{num_samples:,} samples: {_span(best.value, worst.value)} on one engine, {size(num_bytes.value)} "
         f"({size(num_bytes.low)} to {size(num_bytes.high)})"

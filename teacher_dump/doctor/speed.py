@@ -10,7 +10,7 @@ Run side by side, the slowest one sets the pace.
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,15 @@ class PreparedSamples:
     """Time the driver took for them."""
 
 
+class Sealing(NamedTuple):
+    """Seconds of encoding and writing."""
+
+    per_part: float
+    """A part of one sample: files, hashes, waiting for the disk; a dump's parts hold hundreds."""
+    samples: float
+    """The other samples, on top of that."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What was measured, per pass over the same samples."""
@@ -76,7 +85,7 @@ class Measured:
     """Engine, nothing kept: the fastest of a few passes."""
     capture_seconds: float
     """Engine with everything kept, likewise."""
-    seal_seconds: float
+    sealing: Sealing
     """Encoding and writing."""
 
     @property
@@ -91,11 +100,11 @@ class Measured:
 
     @property
     def stations(self) -> dict[str, float]:
-        """Seconds per pass of each station."""
+        """Seconds per pass of each station, without what a part costs however many samples it holds."""
         return {
             "driver": self.prepared.seconds,
             "engine": self.capture_seconds,
-            "sealing": self.seal_seconds,
+            "sealing": self.sealing.samples,
         }
 
 
@@ -143,15 +152,24 @@ def measure(
             plain.append(_plain_seconds(engine, capture, prepared.items))
             seconds, result = _capture_seconds(engine, capture, prepared.items)
             kept.append(seconds)
+    everything = PartResult(result.records, [*prepared.quarantined, *result.quarantined])
+    one = PartResult(result.records[:1], [])
+    once, _ = _seal_seconds(place.with_name("once"), manifest, one, prepared.indices[:1])
+    per_part, _ = _seal_seconds(place.with_name("one"), manifest, one, prepared.indices[:1])
+    all_seconds, seal = _seal_seconds(place, manifest, everything, prepared.indices)
+    sealing = Sealing(min(once, per_part), max(all_seconds - min(once, per_part), 1e-6))
+    return Measured(prepared, result.records, manifest, seal, start_seconds, min(plain), min(kept), sealing)
+
+
+def _seal_seconds(
+    place: Path, manifest: Manifest, result: PartResult, indices: NDArray[np.int64]
+) -> tuple[float, PartSeal]:
     writer = CacheWriter.open(str(place), manifest)
     began = time.monotonic()
-    everything = PartResult(result.records, [*prepared.quarantined, *result.quarantined])
-    seal = seal_part(writer, Part(0, 0, prepared.indices), everything)
-    seal_seconds = time.monotonic() - began
+    seal = seal_part(writer, Part(0, 0, indices), result)
+    seconds = time.monotonic() - began
     writer.finalize()
-    return Measured(
-        prepared, result.records, manifest, seal, start_seconds, min(plain), min(kept), seal_seconds
-    )
+    return seconds, seal
 
 
 def engine_check(engine: Any, seconds: float) -> Check:
@@ -201,40 +219,61 @@ def _capture_seconds(engine: Engine, capture: PartCapture, items: list[Prepared]
 
 def check_capture_cost(measured: Measured) -> Check:
     """Time with everything kept over time with nothing kept."""
-    ratio = measured.capture_seconds / measured.plain_seconds
+    return judge_capture_cost(
+        measured.capture_seconds, measured.plain_seconds, positions=measured.positions, rows=measured.rows
+    )
+
+
+def judge_capture_cost(capture: float, plain: float, *, positions: int, rows: int) -> Check:
+    """Seconds with everything kept against seconds with nothing kept, of the same samples."""
     values = {
-        "capture_seconds": round(measured.capture_seconds, 4),
-        "prefill_seconds": round(measured.plain_seconds, 4),
-        "ratio": round(ratio, 3),
-        "positions": measured.positions,
-        "rows": measured.rows,
+        "capture_seconds": round(capture, 4),
+        "prefill_seconds": round(plain, 4),
+        "ratio": round(capture / plain, 3),
+        "positions": positions,
+        "rows": rows,
     }
     said = (
-        f"{ratio:.2f} × a plain prefill ({measured.positions / measured.capture_seconds:,.0f} against "
-        f"{measured.positions / measured.plain_seconds:,.0f} positions per second)"
+        f"{capture / plain:.2f} × a plain prefill ({positions / capture:,.0f} against "
+        f"{positions / plain:,.0f} positions per second)"
     )
     finding = Finding("capture-cost", said, f"at most {_COSTLY:g} ×", values)
-    if ratio > _COSTLY:
+    if capture > _COSTLY * plain:
         return finding.warns("keep less: --visual-fraction 0.25, a smaller --visual-topk, or fewer rows")
     return finding.passes()
 
 
 def check_throughput(measured: Measured) -> Check:
     """Rows per second of each station by itself, and which one is the slowest."""
-    seconds = measured.stations
-    rates = {name: measured.rows / each for name, each in seconds.items()}
+    return judge_throughput(
+        measured.stations,
+        rows=measured.rows,
+        samples=len(measured.records),
+        per_part=measured.sealing.per_part,
+    )
+
+
+def judge_throughput(seconds: dict[str, float], *, rows: int, samples: int, per_part: float) -> Check:
+    """Seconds of each station against each other.
+
+    Args:
+        seconds: Of `driver`, `engine` and `sealing`, for the same samples.
+        rows: Rows kept of them.
+        samples: How many.
+        per_part: Seconds that sealing a part takes on top.
+    """
+    rates = {name: rows / each for name, each in seconds.items()}
     slowest = min(rates, key=lambda name: rates[name])
-    said = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    told = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
     values = {
         "rows_per_second": {name: round(rate, 1) for name, rate in rates.items()},
-        "samples_per_second": {
-            name: round(len(measured.records) / each, 2) for name, each in seconds.items()
-        },
+        "samples_per_second": {name: round(samples / each, 2) for name, each in seconds.items()},
         "bottleneck": slowest,
-        "samples": len(measured.records),
+        "seal_seconds_per_part": round(per_part, 4),
+        "samples": samples,
     }
-    said = f"rows per second: {said}; the bottleneck is the {slowest}"
-    finding = Finding("throughput", said, "the engine as the bottleneck", values)
+    said = f"rows per second: {told}; the bottleneck is the {slowest}"
+    finding = Finding("throughput", said, "no station much slower than the engine", values)
     if slowest != "engine" and rates[slowest] < _MUCH_SLOWER * rates["engine"]:
         return finding.warns(_FASTER[slowest])
     return finding.passes()
