@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from common.data.shapes import write_shapes
-from common.doctor.check import CHECKS, Check
+from common.doctor.check import CHECKS, Check, dump_line, from_json
 from common.doctor.child import run_child
 from common.doctor.config import DoctorConfig, to_flags
 from common.doctor.document import SCHEMA
@@ -112,10 +111,20 @@ def test_a_model_that_nobody_knows_ends_with_2(tmp_path):
     assert "did you mean" in found["stderr"]
 
 
-def test_a_file_that_is_not_there_fails_its_check(tmp_path):
-    code, found = doctor(tmp_path, "--quick", "--data", "nowhere.json")
-    status = {each["name"]: each["status"] for each in found["checks"]}
-    assert code == 1
+def test_a_file_that_is_not_there_fails_its_check_and_the_parent_loads_no_heavy_library(tmp_path):
+    code = (
+        "import sys\nfrom common.cache.cli import main\n"
+        "code = main(['doctor', '--quick', '--json', '--data', 'nowhere.json'])\n"
+        "print(code, [name for name in ('torch', 'vllm', 'transformers', 'zarr') if name in sys.modules])"
+    )
+    path = os.pathsep.join([str(TINY.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **QUIET, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    *document, last = done.stdout.splitlines()
+    status = {each["name"]: each["status"] for each in json.loads("\n".join(document))["checks"]}
+    assert last == "1 []"
     assert [status[name] for name in CHECKS["prompts"]] == ["fail", "skip", "skip"]
     assert {status[name] for name in (*CHECKS["teacher"], *CHECKS["student"])} == {"skip"}
 
@@ -182,7 +191,4 @@ def test_a_disk_that_cannot_hold_the_level_fails(free, status):
 
 def test_a_check_survives_its_way_through_a_line():
     check = Check("engine", "warn", "“x” → ü", "y", "z", {"a": [1.5, None]}, 0.5)
-    from common.doctor.check import dump_line, from_json
-
     assert from_json(json.loads(dump_line(check))["check"]) == check
-    assert torch.cuda.is_initialized() is False
