@@ -69,12 +69,37 @@ def model_need(directory: Path, *, dtype: str, positions: int, weights: int | No
     head = int(text.get("head_dim") or width // heads)
     kv = 2 * layers * int(text.get("num_key_value_heads") or heads) * head * item
     rows = int(text.get("vocab_size") or config.get("vocab_size") or 32_000)
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
-        weights = sum(weight_bytes(file, item) for file in files)
+    found = _weights(directory, item)
+    weights = weights if found is None else found
     if weights is None:
-        raise ConfigError(f"{directory} has no *.safetensors weights; let the hub's copy be finished first")
+        raise ConfigError(f"{directory} has no *.safetensors or *.bin weights; download or copy it again")
     return Need(weights, kv * positions, _CHUNK_ROWS * rows * 4 * _LOGIT_COPIES)
+
+
+def _weights(directory: Path, item: int) -> int | None:
+    """Bytes of the weights; None where there are none."""
+    files = sorted(directory.glob("*.safetensors"))
+    _require_shards(directory, {file.name for file in files})
+    if files:
+        return sum(weight_bytes(file, item) for file in files)
+    pickled = [file.stat().st_size for file in directory.glob("*.bin")]
+    return sum(pickled) or None
+
+
+def _require_shards(directory: Path, found: set[str]) -> None:
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        wanted = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} is no index of weights ({error!r}); download or copy it again") from error
+    missing = sorted(wanted - found)
+    if missing and found:
+        raise ConfigError(
+            f"{directory} lacks {len(missing)} of {len(wanted)} weight files, such as {missing[0]}; "
+            "download or copy them"
+        )
 
 
 def find_dtype(config: dict[str, Any]) -> str:

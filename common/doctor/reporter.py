@@ -6,7 +6,9 @@ a process that died before it is told apart from one that had nothing more to sa
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +17,8 @@ from common.doctor.check import Check, dump_line, failure
 from common.doctor.config import DoctorConfig
 from common.errors import CascacheError
 from common.settings import load_settings
+
+_WATCH_SECONDS = 1.0
 
 
 class Reporter:
@@ -72,9 +76,10 @@ def run_part(
     try:
         config = load_settings(DoctorConfig, argv, prog=prog, section="cascache-doctor")
     except CascacheError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"{prog}: error: {error}\n")
         return 2
     reporter = Reporter(names)
+    _end_with_parent()
     try:
         part(config, reporter)
     except CascacheError as error:
@@ -83,3 +88,17 @@ def run_part(
         return 1
     reporter.done()
     return 0
+
+
+def _end_with_parent() -> None:
+    """Where this process leads a group of its own, end all of it once whoever started it is gone."""
+    parent = os.getppid()
+    if os.getpgrp() != os.getpid():
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,5 +1,7 @@
 """Where transformers would load the teacher once more, and whether there is room once the engine is gone."""
 
+import time
+
 import torch
 
 from common.devices import free_memory
@@ -8,6 +10,7 @@ from common.doctor.memory import model_need
 from common.errors import ConfigError
 from teacher_dump.teacher import Teacher
 
+_RELEASE_SECONDS = 30.0
 _OTHERS = 1.15
 """Activations of one sample on top of the weights."""
 
@@ -22,8 +25,15 @@ def loads_on(teacher: Teacher) -> tuple[int, int | None, str]:
         need = model_need(teacher.path, dtype=teacher.dtype, positions=0).weights
     except ConfigError:
         return 0, None, device
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
-    return round(_OTHERS * need), free, device
+    need = round(_OTHERS * need)
+    until = time.monotonic() + _RELEASE_SECONDS
+    while (free := _free(device)) < need and device == "cuda" and time.monotonic() < until:
+        time.sleep(1)  # the engine's processes may still be giving theirs back
+    return need, free, device
+
+
+def _free(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
 
 
 def room_for(need: int, room: int, device: str) -> str:

@@ -3,20 +3,21 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from common.doctor.child import run_child
+from common.doctor.child import ROOT, run_child
 from common.doctor.config import DoctorConfig, to_flags
 
 NAMES = ("data", "template", "images")
 MODULE = "common.doctor.prompts"
 
 
-def children() -> list[int]:
-    """Processes that this one has started and not waited for."""
+def children(parent: int) -> list[int]:
+    """Processes that a process has started and not waited for."""
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True)
     return [
         int(pid) for pid in found.stdout.split() if Path(f"/proc/{pid}/exe").resolve().name.startswith("py")
@@ -29,7 +30,7 @@ def run_and(number: int, *, seconds: float, data: Path):
 
     def say(_: str) -> None:
         if not sent:
-            sent.extend(children())
+            sent.extend(children(os.getpid()))
             for pid in sent:
                 os.kill(pid, number)
 
@@ -55,7 +56,7 @@ def test_a_part_that_hangs_is_stopped(tmp_path):
     assert found[0].status == "fail"
     assert "no end after 3 s" in found[0].found
     assert "--time-limit" in found[0].cure
-    assert children() == []
+    assert children(os.getpid()) == []
 
 
 def module(directory: Path, code: str) -> str:
@@ -91,6 +92,31 @@ def test_what_a_part_leaves_running_is_neither_waited_for_nor_left(tmp_path, mon
     assert time.monotonic() - began < 20
     left = subprocess.run(["pgrep", "-f", "^sleep 347.25$"], capture_output=True, text=True).stdout
     assert left == ""
+
+
+def test_a_part_ends_when_the_command_is_killed(tmp_path):
+    os.mkfifo(tmp_path / "0.json")  # nobody writes to it: the part waits for ever
+    command = [
+        sys.executable,
+        "-m",
+        "common.cache.cli",
+        "doctor",
+        "--quick",
+        "--data",
+        str(tmp_path / "0.json"),
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as run:
+        assert run.stderr is not None
+        next(line for line in run.stderr if "opening" in line)
+        part = children(run.pid)
+        assert len(part) == 1
+        run.kill()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{part[0]}").exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{part[0]}").exists()
 
 
 def test_every_setting_reaches_the_part():

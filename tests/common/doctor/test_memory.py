@@ -1,5 +1,6 @@
 """A model's need is read from its files, and held against the memory that there is."""
 
+import json
 import shutil
 
 import pytest
@@ -62,9 +63,24 @@ def test_a_torn_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.safetensors is no safetensors file"):
         model_need(model, dtype="auto", positions=1)
     (model / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="safetensors weights"):
+    with pytest.raises(ConfigError, match="bin weights"):
         model_need(model, dtype="auto", positions=1)
     assert model_need(model, dtype="auto", positions=1, weights=7).weights == 7
+
+
+def test_a_missing_shard_is_named_and_pickled_weights_count_by_size(tmp_path):
+    model = shutil.copytree(TINY / "tiny-l1", tmp_path / "model")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
+    with pytest.raises(ConfigError, match=r"lacks 1 of 2 weight files, such as model-2\.safetensors"):
+        model_need(model, dtype="auto", positions=1)
+    index.write_text("{}")
+    with pytest.raises(ConfigError, match="no index"):
+        model_need(model, dtype="auto", positions=1)
+    index.unlink()
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    size = (model / "pytorch_model.bin").stat().st_size
+    assert model_need(model, dtype="auto", positions=1).weights == size
 
 
 @pytest.mark.parametrize(
