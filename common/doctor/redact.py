@@ -24,7 +24,7 @@ def redact(text: str) -> str:
     for pattern, stand_in in _SECRETS:
         text = pattern.sub(stand_in, text)
     for name, stand_in in _private_names():
-        text = re.sub(rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])", stand_in, text)
+        text = re.sub(name, stand_in, text)
     return text
 
 
@@ -45,18 +45,30 @@ def is_secret(name: str) -> bool:
 
 
 def _private_names() -> list[tuple[str, str]]:
+    """Patterns of names, and what stands for each."""
     home = str(Path("~").expanduser())
-    found = [(home, "~")] if len(home) > 1 else []
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # no such user in a container's list
-        user = ""
-    host = socket.gethostname()
-    names = [(user, "<user>"), (os.environ.get("USER", ""), "<user>"), (host, "<host>")]
-    names += [(host.partition(".")[0], "<host>")]
+    found = [(_whole(home), "~")] if len(home) > 1 else []
+    # in a path or before an @ only: a person may be called as a package or a verb
     found += [
-        (name, stand_in)
-        for name, stand_in in names
-        if len(name) >= _SHORTEST_NAME and name not in _COMMON_NAMES
+        (rf"(?<=/){re.escape(name)}(?![A-Za-z0-9_])|\b{re.escape(name)}(?=@)", "<user>")
+        for name in sorted({_user(), os.environ.get("USER", "")})
+        if _is_telling(name)
     ]
+    host = socket.gethostname()
+    found += [(_whole(name), "<host>") for name in (host, host.partition(".")[0]) if _is_telling(name)]
     return found
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # no such user in a container's list
+        return ""
+
+
+def _whole(name: str) -> str:
+    return rf"(?<![A-Za-z0-9_]){re.escape(name)}(?![A-Za-z0-9_])"
+
+
+def _is_telling(name: str) -> bool:
+    return len(name) >= _SHORTEST_NAME and name not in _COMMON_NAMES

@@ -28,7 +28,9 @@ def someone(monkeypatch, tmp_path):
         ("https://ada:secret@mirror.org/simple", "https://<login>@mirror.org/simple"),
         ("token hf_AbCdEfGhIjKlMnOp is invalid", "token <token> is invalid"),
         ("Authorization: Bearer abc.def", "Authorization: Bearer <token>"),
-        ("the adapter", "the adapter"),
+        ("mail to ada.lovelace@engine-7", "mail to <user>@<host>"),
+        ("ada.lovelace 2.60.0 is a package", "ada.lovelace 2.60.0 is a package"),
+        ("/home/ada.lovelace2/x", "/home/ada.lovelace2/x"),
     ],
 )
 def test_what_is_taken_out(someone, text, wanted):
