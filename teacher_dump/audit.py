@@ -23,7 +23,7 @@ from common.errors import ConfigError, MismatchError, PartMissing
 from common.fingerprint import weights_sha256
 from common.images import decode_image, image_bytes
 from common.models import resolve_model
-from common.record import Record, TopK, VisualRecord
+from common.record import Record, TopK
 from common.relation import relation
 from schemas.manifest import Manifest
 from teacher_dump.config import AuditConfig
@@ -125,8 +125,7 @@ def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
             record = cache.read_record(int(index))
             forward = reference.forward(record.token_ids, _images(record, source, rows))
             tallies["response"].add(record.response, forward.logits[record.response.positions])
-            for image in record.visual:
-                compare_image(image, forward, gram, tallies["visual"], factors, states, manifest)
+            _compare_images(record, forward, gram, tallies["visual"], factors, states, manifest)
     found = {name: tally.summary() for name, tally in tallies.items() if tally.rows}
     worst = max(each["kl_mean_nats"] for each in found.values()) if found else 0.0
     return {
@@ -139,8 +138,8 @@ def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
     }
 
 
-def compare_image(
-    image: VisualRecord,
+def _compare_images(
+    record: Record,
     forward: Forward,
     gram: torch.Tensor | None,
     tally: Tally,
@@ -148,27 +147,17 @@ def compare_image(
     states: list[float],
     manifest: Manifest,
 ) -> None:
-    """Compare what is kept of an image with the same positions computed again.
-
-    Args:
-        image: What was kept.
-        forward: Its sequence, computed again.
-        gram: [D, D] of the head, where relations are of the logits.
-        tally: Takes the rows.
-        factors: Takes the distance of the relation.
-        states: Takes the largest difference of the states.
-        manifest: What was kept, and how.
-    """
-    span = slice(image.start, image.start + image.num_positions)
-    if image.topk is not None:
-        tally.add(image.topk, forward.logits[image.topk.positions])
-    if image.hidden is not None:
-        states.append(float((torch.from_numpy(image.hidden) - forward.hidden[span]).abs().max()))
-    if image.factor is not None:
-        exact = relation(forward.hidden[span], gram, cosine=manifest.relation.norm == "cosine").double()
-        kept = torch.tensor(image.factor, dtype=torch.float64)
-        kept = kept @ kept.T
-        factors.append(float((kept / kept.norm() - exact / exact.norm()).norm()))
+    for image in record.visual:
+        span = slice(image.start, image.start + image.num_positions)
+        if image.topk is not None:
+            tally.add(image.topk, forward.logits[image.topk.positions])
+        if image.hidden is not None:
+            states.append(float((torch.from_numpy(image.hidden) - forward.hidden[span]).abs().max()))
+        if image.factor is not None:
+            exact = relation(forward.hidden[span], gram, cosine=manifest.relation.norm == "cosine").double()
+            kept = torch.from_numpy(image.factor).double()
+            kept = kept @ kept.T
+            factors.append(float((kept / kept.norm() - exact / exact.norm()).norm()))
 
 
 def _open_data(config: AuditConfig, manifest: Manifest) -> SampleSource:

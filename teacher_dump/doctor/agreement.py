@@ -17,7 +17,7 @@ from common.doctor.check import Check, Finding
 from common.doctor.reporter import Reporter
 from common.record import Record
 from schemas.manifest import Manifest
-from teacher_dump.audit import Tally, compare_image
+from teacher_dump.audit import Tally, _compare_images
 from teacher_dump.doctor.device import loads_on, room_for
 from teacher_dump.reference import Reference
 from teacher_dump.teacher import Teacher
@@ -79,8 +79,7 @@ def check_agreement(
     for record in records:
         forward = reference.forward(record.token_ids, pixels[record.sample_id])
         tallies["response"].add(record.response, forward.logits[record.response.positions])
-        for image in record.visual:
-            compare_image(image, forward, gram, tallies["visual"], factors, states, manifest)
+        _compare_images(record, forward, gram, tallies["visual"], factors, states, manifest)
     return judge(
         {name: tally.summary() for name, tally in tallies.items() if tally.rows},
         max(factors),
