@@ -11,7 +11,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +31,7 @@ from common.models import ModelRef, resolve_model, smallest_of_family
 
 _STEP_POSITIONS: Final = 16_384
 _DOWNLOAD_MARGIN: Final = 1.2
+_PREFIX: Final = "cascache-doctor-"
 _SECONDS_OF_PROMPTS: Final = 600.0
 _HALVES: Final = {
     "teacher": ("teacher_dump.doctor", ("torch", "vllm", "transformers", "zarr")),
@@ -47,15 +48,16 @@ def examine(config: DoctorConfig, *, say: Say, show: Callable[[Check], None]) ->
         show: Takes each check as it finishes.
 
     Raises:
-        ConfigError: The teacher or the student is no model that is known.
+        ConfigError: The teacher or the student is no model that is known, or `--keep` is not empty.
     """
     teacher = resolve_model(config.model)
     student = _student(config, teacher)
-    began, checks = time.monotonic(), []
-    for check in _all_checks(config, teacher, student, say):
-        check = redacted(check)
-        checks.append(check)
-        show(check)
+    _require_empty(config.keep)
+    began = time.monotonic()
+    checks: list[Check] = []
+    for check in _all_checks(config, teacher, student, checks, say):
+        checks.append(redacted(check))
+        show(checks[-1])
     from common.doctor.document import to_document
 
     return to_document(config, teacher, student, checks, time.monotonic() - began)
@@ -81,8 +83,17 @@ def _student(config: DoctorConfig, teacher: ModelRef) -> ModelRef | None:
         return None
 
 
+def _require_empty(keep: str | None) -> None:
+    if (
+        keep is not None
+        and Path(keep).exists()
+        and not (Path(keep).is_dir() and not any(Path(keep).iterdir()))
+    ):
+        raise ConfigError(f"--keep {keep} is not an empty directory; give a new one for the small cache")
+
+
 def _all_checks(
-    config: DoctorConfig, teacher: ModelRef, student: ModelRef | None, say: Say
+    config: DoctorConfig, teacher: ModelRef, student: ModelRef | None, made: Sequence[Check], say: Say
 ) -> Iterator[Check]:
     yield from host.installation_checks()
     devices, check = look_at_devices(parallel=config.tensor_parallel)
@@ -105,18 +116,22 @@ def _all_checks(
         seconds=min(config.time_limit, _SECONDS_OF_PROMPTS),
         say=say,
     )
-    yield from _halves(config, teacher, student, say)
+    yield from _halves(config, teacher, student, made, say)
 
 
-def _halves(config: DoctorConfig, teacher: ModelRef, student: ModelRef | None, say: Say) -> Iterator[Check]:
-    if config.quick:
-        yield from _skip("teacher", "--quick loads no model")
-        yield from _skip("student", "--quick loads no model")
+def _halves(
+    config: DoctorConfig, teacher: ModelRef, student: ModelRef | None, made: Sequence[Check], say: Say
+) -> Iterator[Check]:
+    hopeless = "--quick loads no model" if config.quick else blocker(made, ("data",), unmade="images")
+    if hopeless:
+        yield from _skip("teacher", hopeless)
+        yield from _skip("student", hopeless)
         return
     say(_what_is_loaded(config, teacher, student))
     with _Workplace(config) as place:
         inner = config.model_copy(update={"keep": str(place)})
-        yield from _half("teacher", inner, say)
+        no_teacher = blocker(made, ("devices", "memory", "hub"))
+        yield from _skip("teacher", no_teacher) if no_teacher else _half("teacher", inner, say)
         if student is None:
             yield from _skip(
                 "student", f"no preset has family {teacher.family}: name a student with --student"
@@ -125,6 +140,19 @@ def _halves(config: DoctorConfig, teacher: ModelRef, student: ModelRef | None, s
             if config.cache is None:
                 inner = inner.model_copy(update={"student": student.name})
             yield from _half("student", inner, say)
+
+
+def blocker(made: Sequence[Check], names: tuple[str, ...], *, unmade: str | None = None) -> str:
+    """Why what comes next would be loaded in vain; empty when it would not.
+
+    Args:
+        made: Checks made so far.
+        names: Those whose failure is in the way.
+        unmade: Only when this later check could not be made either.
+    """
+    failed = [check.name for check in made if check.status == "fail" and check.name in names]
+    came_so_far = unmade is None or any(check.name == unmade and check.status == "skip" for check in made)
+    return f"the check {failed[0]} failed: repair that first" if failed and came_so_far else ""
 
 
 class _Workplace:
@@ -140,7 +168,10 @@ class _Workplace:
             place.mkdir(parents=True, exist_ok=True)
             return place
         there = None if "://" in self._out else host.existing(Path(self._out))
-        self._made = Path(tempfile.mkdtemp(prefix="cascache-doctor-", dir=there))
+        try:
+            self._made = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=there))
+        except OSError:  # the check of the disk has said so
+            self._made = Path(tempfile.mkdtemp(prefix=_PREFIX))
         return self._made
 
     def __exit__(self, *_: object) -> None:

@@ -7,6 +7,7 @@
 Run side by side, the slowest one sets the pace.
 """
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,8 @@ def measure(
     one = PartResult(result.records[:1], [])
     once, _ = _seal_seconds(place.with_name("once"), manifest, one, prepared.indices[:1])
     per_part, _ = _seal_seconds(place.with_name("one"), manifest, one, prepared.indices[:1])
+    for name in ("once", "one"):
+        shutil.rmtree(place.with_name(name))
     all_seconds, seal = _seal_seconds(place, manifest, everything, prepared.indices)
     sealing = Sealing(min(once, per_part), max(all_seconds - min(once, per_part), 1e-6))
     return Measured(prepared, result.records, manifest, seal, start_seconds, min(plain), min(kept), sealing)

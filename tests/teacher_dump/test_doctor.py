@@ -105,10 +105,21 @@ def test_weights_that_change_between_capture_and_comparison_fail(data, tmp_path)
     assert max(each["kl_mean_nats"] for each in kinds.values()) > 10 * TOLERANCES["float32"].mean_kl
 
 
-def test_a_model_that_nobody_knows_ends_with_2(tmp_path):
-    code, found = doctor(tmp_path, "--model", "8b")
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--model", "8b"), "did you mean"),
+        (("--student", "nobody"), "unknown model 'nobody'"),
+        (("--keep", "."), "is not an empty directory"),
+        (("--topk", "0"), "--topk"),
+    ],
+)
+def test_wrong_settings_end_with_2_before_anything_starts(tmp_path, flags, said):
+    (tmp_path / "a file").write_text("")
+    code, found = doctor(tmp_path, *flags)
     assert code == 2
-    assert "did you mean" in found["stderr"]
+    assert said in found["stderr"]
+    assert "Traceback" not in found["stderr"]
 
 
 def test_a_file_that_is_not_there_fails_its_check_and_the_parent_loads_no_heavy_library(tmp_path):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from common.doctor.check import Check
 from common.doctor.child import ROOT, run_child
 from common.doctor.config import DoctorConfig, to_flags
+from common.doctor.examine import blocker
 
 NAMES = ("data", "template", "images")
 MODULE = "common.doctor.prompts"
@@ -125,3 +127,20 @@ def test_every_setting_reaches_the_part():
     config = DoctorConfig(model="x", quick=True, any_vllm=True, engine_arg=("a=1", "b=2"), seed=7, topk=3)
     again = load_settings(DoctorConfig, to_flags(config), prog="x", section="none")
     assert again == config
+
+
+@pytest.mark.parametrize(
+    ("data", "images", "memory", "both", "teacher"),
+    [
+        ("pass", "pass", "pass", "", ""),
+        ("fail", "pass", "pass", "", ""),
+        ("fail", "skip", "pass", "data", ""),
+        ("pass", "pass", "fail", "", "memory"),
+    ],
+)
+def test_nothing_is_loaded_in_vain(data, images, memory, both, teacher):
+    statuses = {"memory": memory, "data": data, "images": images}
+    made = [Check(name, status, "x", cure="y") for name, status in statuses.items()]
+    for names, unmade, wanted in ((("data",), "images", both), (("devices", "memory"), None, teacher)):
+        found = blocker(made, names, unmade=unmade)
+        assert (f"the check {wanted} failed" in found) if wanted else found == ""
