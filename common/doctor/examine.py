@@ -122,7 +122,7 @@ def _all_checks(
 def _halves(
     config: DoctorConfig, teacher: ModelRef, student: ModelRef | None, made: Sequence[Check], say: Say
 ) -> Iterator[Check]:
-    hopeless = "--quick loads no model" if config.quick else blocker(made, ("data",), unmade="images")
+    hopeless = "--quick loads no model" if config.quick else blocker(made, CHECKS["prompts"], unmade="images")
     if hopeless:
         yield from _skip("teacher", hopeless)
         yield from _skip("student", hopeless)

@@ -23,7 +23,7 @@ from common.data.source import SampleSource
 from common.doctor.check import CHECKS, Check, Finding
 from common.doctor.config import DoctorConfig
 from common.doctor.reporter import Reporter, run_part
-from common.errors import DataError
+from common.errors import CascacheError, DataError
 from common.images import decode_image, image_bytes
 from common.models import resolve_model
 from common.processor import load_processor
@@ -67,7 +67,11 @@ def check_prompts(config: DoctorConfig, reporter: Reporter) -> None:
         raise DataError(f"{config.data} holds no samples; give a file with some", reason="empty")
     ref = resolve_model(config.model)
     reporter.progress(f"loading the processor of {ref.name}")
-    processor = load_processor(ref.path_or_id, revision=ref.revision, options=config)
+    try:
+        processor = load_processor(ref.path_or_id, revision=ref.revision, options=config)
+    except CascacheError:
+        reporter.check(check_data(source, Tried([], Counter(), "", [])))  # the data is not to blame
+        raise
     tried = try_samples(processor, source)
     reporter.check(check_data(source, tried))
     reporter.check(check_template(processor, tried))
