@@ -79,6 +79,9 @@ class DumpConfig(ProcessorOptions):
     """Step of kept logits in nats when they are kept as steps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the teacher computes in; auto takes what its weights are in."""
+    head_dtype: Literal["float32", "auto", "bfloat16", "float16"] = "float32"
+    """What the head's product is computed in; auto takes the teacher's own, which rounds logits coarsely
+    unless it is float32."""
     quantization: str | None = None
     """vLLM's name of a quantisation to load the weights in."""
     prefix_cache: bool = True
@@ -159,6 +162,12 @@ class DumpConfig(ProcessorOptions):
     def plans_only(self) -> bool:
         """Whether nothing is to be dumped."""
         return self.dry_run or self.sample_estimate is not None
+
+    @property
+    def relates_logits(self) -> bool:
+        """Whether relations of the vocabulary logits are kept, which need the head's weight."""
+        kept = "visual" in self.positions and self.relation_store in ("factor", "both")
+        return kept and self.relation_of == "logits"
 
     @property
     def draws(self) -> int:
