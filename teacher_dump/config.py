@@ -201,8 +201,12 @@ class AuditConfig(ProcessorOptions):
     """The samples; where the cache says the dump found them by default."""
     image_root: str | None = None
     """Directory that relative image paths start from."""
-    max_kl: float = Field(0.05, gt=0)
-    """Largest mean divergence, in nats, that still passes."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What to compute in; auto takes the level's own, whose rounding the cache shares."""
+    device: str = "auto"
+    """Where: cpu, cuda, cuda:1; auto takes a GPU that holds the teacher, all GPUs, or the CPU."""
+    max_kl: float | None = Field(None, gt=0)
+    """Largest mean divergence, in nats, that still passes; chosen from encoding and dtype by default."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Of the draw."""
     json_: bool = Field(False, alias="json")

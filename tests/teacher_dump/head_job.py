@@ -1,4 +1,4 @@
-"""Engine cases about the head's dtype for `forked`: bfloat16 teachers whose logits are kept with their states."""
+"""Engine cases about the head's dtype for `forked`: bfloat16 teachers, logits kept with their states."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +9,14 @@ from common.cache.writer import CacheWriter
 from common.errors import CascacheError
 from common.processor import load_processor
 from common.record import Record
-from schemas.manifest import Capture, Manifest, Relation, SampleSet, TeacherIdentity
+from schemas.manifest import Capture, Manifest, Relation
+from teacher_dump.cli import main
 from teacher_dump.engine import Engine, EngineSettings
 from teacher_dump.public import choose_engine
 from teacher_dump.records import PartCapture
 from teacher_dump.request import CaptureSettings
 from tests.common.cache.records import make_manifest
+from tests.teacher_dump.dump_job import said, write_data
 from tests.teacher_dump.engine_job import settings
 from tests.teacher_dump.examples import prepare, samples, submission
 
@@ -50,7 +52,8 @@ def _records(engine: Engine, model: Path) -> list[Record]:
 
 def through_cache(records: list[Record], path: Path, vocab: int) -> list[Record]:
     """Written in the default encoding (states in float32) and read again."""
-    width = next(each.hidden.shape[1] for record in records for each in record.visual if each.hidden is not None)
+    states = [each.hidden for record in records for each in record.visual if each.hidden is not None]
+    width = states[0].shape[1]
     manifest: Manifest = make_manifest(
         num_samples=len(records), part_samples=len(records), topk=TOPK, vocab=vocab, hidden_size=width
     ).model_copy(update={"relation": Relation(store="both", hidden_encoding="float32")})
@@ -95,3 +98,11 @@ def ignored(models: Path, family: str, how: str, vocab: str) -> str:
             return "started"
     except CascacheError as error:
         return f"{type(error).__name__}: {error}"
+
+
+def dumped(models: Path, family: str, dtype: str, vocab: str) -> tuple[int, str]:
+    """The command itself, beside the models."""
+    data = write_data(models / "data", 12)
+    out = models / f"dumped-{family}-{dtype}"
+    model = str(models / vocab / family)
+    return said(lambda: main(["--model", model, "--data", str(data), "--out", str(out), "--dtype", dtype]))
