@@ -1,6 +1,6 @@
 """Engine cases about the head's dtype for `forked`: bfloat16 teachers, logits kept with their states."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from teacher_dump.engine import Engine, EngineSettings
 from teacher_dump.public import choose_engine
 from teacher_dump.records import PartCapture
 from teacher_dump.request import CaptureSettings
+from teacher_dump.seams import find_head
 from tests.common.cache.records import make_manifest
 from tests.teacher_dump.dump_job import said, write_data
 from tests.teacher_dump.engine_job import settings
@@ -106,3 +107,49 @@ def dumped(models: Path, family: str, dtype: str, vocab: str) -> tuple[int, str]
     out = models / f"dumped-{family}-{dtype}"
     model = str(models / vocab / family)
     return said(lambda: main(["--model", model, "--data", str(data), "--out", str(out), "--dtype", dtype]))
+
+
+def names(models: Path, family: str, dtype: str, vocab: str) -> list[str]:
+    """Names of the engine arguments of the installed vLLM."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return [each.name for each in fields(EngineArgs)]
+
+
+def quantised(models: Path, family: str, dtype: str, vocab: str) -> dict[str, str]:
+    """What is said of heads that vLLM itself has made, by their quantisation, put into a loaded model."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
+    with Engine(bf16(models / vocab / family, "float32", int(vocab))) as engine:
+        worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+        model = worker.model_runner.model
+        language = model.get_language_model()
+        with set_current_vllm_config(worker.vllm_config):
+            float8 = ParallelLMHead(1024, 128, quant_method=UnquantizedLinearMethod())
+            float8.weight = torch.nn.Parameter(float8.weight.to(torch.float8_e4m3fn), requires_grad=False)
+            heads = {
+                "own": language.lm_head,
+                "plain": ParallelLMHead(1024, 128),
+                "excluded": ParallelLMHead(1024, 128, quant_method=UnquantizedLinearMethod()),
+                "float8": float8,
+                "gptq": ParallelLMHead(
+                    1024,
+                    128,
+                    quant_config=AutoGPTQConfig.from_config({**gptq, "lm_head": True}),
+                    prefix="lm_head",
+                ),
+            }
+        return {name: _find(model, language, head) for name, head in heads.items()}
+
+
+def _find(model: Any, language: Any, head: Any) -> str:
+    language.lm_head = head
+    try:
+        return type(find_head(model).quant_method).__name__
+    except CascacheError as error:
+        return f"{type(error).__name__}: {error}"

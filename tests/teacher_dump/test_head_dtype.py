@@ -4,6 +4,7 @@ The twin is the product of the kept states and the head's bfloat16 weight, in fl
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from common.record import Record, TopK
 from schemas.manifest import Encoding
+from teacher_dump.arguments import known_arguments
 from teacher_dump.cli import main
 from tests import tiny_families
 from tests.teacher_dump.forked import run_cases
@@ -32,6 +34,9 @@ BFLOAT16 = f"kept:{NESTED}:bfloat16:{FULL}"
 DUMPED = [f"dumped:{family}:bfloat16:{SMALL}" for family in (NESTED, OUTER)]
 PUBLIC = f"public:{NESTED}:float32:{SMALL}"
 IGNORED = [f"ignored:{family}:{how}:{SMALL}" for family, how in ((NESTED, "rounded"), (OUTER, "widened"))]
+
+NAMES, QUANTISED = f"names:{NESTED}:any:{SMALL}", f"quantised:{NESTED}:any:{SMALL}"
+TRITON = Path(sys.prefix) / "triton"
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def answers(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    cases = [*FLOAT32, BFLOAT16, PUBLIC, *IGNORED, *DUMPED]
+    cases = [*FLOAT32, BFLOAT16, PUBLIC, *IGNORED, *DUMPED, NAMES, QUANTISED]
     build(models, cases)
     return run_cases("head_job", models, tmp_path_factory.mktemp("kept"), cases)
 
@@ -179,3 +184,37 @@ def test_a_cache_is_verified_in_its_own_dtype(
         found[dtype] = json.loads(capsys.readouterr().out)
     assert found["auto"]["ok"]
     assert found["auto"]["dtype"] == "bfloat16"
+
+
+def test_names_of_arguments_are_those_of_the_imported_classes(answers: Callable[[str], Any]):
+    assert set(answers(NAMES)) <= known_arguments()
+
+
+@pytest.mark.parametrize("head", ["own", "plain", "excluded"])
+def test_a_plain_head_is_found(head: str, answers: Callable[[str], Any]):
+    assert answers(QUANTISED)[head] in ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
+
+
+@pytest.mark.parametrize(("head", "words"), [("float8", "float8_e4m3fn"), ("gptq", "GPTQ")])
+def test_a_quantised_head_has_no_gram(head: str, words: str, answers: Callable[[str], Any]):
+    """float8 is a floating type and no plain weight; a packed one is missing altogether."""
+    said = answers(QUANTISED)[head]
+    assert said.startswith("EngineError")
+    assert words in said
+    assert "--relation-of hidden" in said
+
+
+def test_two_workers_gather_float32_logits(models: Path, tmp_path: Path):
+    case = f"parallel:{NESTED}:float32:{SMALL}"
+    build(models, [case])
+    found = run_cases("head_job", models, tmp_path, [case])(case)
+    assert worst_error(found["records"], head_of(models / str(SMALL) / NESTED)) <= 1e-5
+
+
+@pytest.mark.skipif(not (TRITON / "sitecustomize.py").exists(), reason=f"no Triton in {TRITON}")
+def test_the_second_model_runner_computes_it_too(models: Path, tmp_path: Path):
+    case = f"kept:{NESTED}:float32:{SMALL}"
+    build(models, [case])
+    found = run_cases("head_job", models, tmp_path, [case], beside=TRITON)(case)
+    assert (found["runner"], found["head_dtype"]) == ("V2", "float32")
+    assert worst_error(found["records"], head_of(models / str(SMALL) / NESTED)) <= 1e-5
