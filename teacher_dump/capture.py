@@ -42,7 +42,7 @@ from teacher_dump.request import (
     hash_tokens,
     uniforms,
 )
-from teacher_dump.seams import Slice, attach, find_head, mend_pipeline, real_rows
+from teacher_dump.seams import Slice, attach, find_head, logits_dtype, mend_pipeline, real_rows
 
 Rows = NDArray[np.int64]
 
@@ -149,6 +149,21 @@ class CaptureExtension:
         with torch.inference_mode():
             gram = head_gram(real_rows(head, settings["vocab_size"]))
             return get_tp_group().all_reduce(gram) if getattr(head, "tp_size", 1) > 1 else gram
+
+    def cascache_head_dtype(self, vocab_size: int) -> str | None:
+        """What dtype the logits have, measured; None on the stages without a head.
+
+        Args:
+            vocab_size: Real tokens.
+        """
+        model, settings = self.get_model(), self.vllm_config.model_config  # type: ignore[attr-defined]
+        if not get_pp_group().is_last_rank:
+            return None
+        return logits_dtype(
+            model,
+            like=torch.empty(0, settings.get_hidden_size(), dtype=settings.dtype, device=self.device),  # type: ignore[attr-defined]
+            vocab_size=vocab_size,
+        )
 
     def cascache_drain(self) -> list[dict[str, Any]]:
         """Finished results since the last call, in wire form; none from ranks that do not write."""

@@ -30,6 +30,8 @@ class DoctorConfig(ProcessorOptions):
     """Tokens kept per position."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the teacher computes in; auto takes what its weights are in."""
+    head_dtype: Literal["float32", "auto", "bfloat16", "float16"] = "float32"
+    """What the head's product is computed in, as for teacher-dump."""
     max_len: int = Field(16384, ge=2)
     """Longest sequence dumped."""
     max_num_seqs: int = Field(64, ge=1)

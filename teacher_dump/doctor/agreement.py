@@ -10,20 +10,25 @@ beyond rounding. Which rounding is allowed depends on the dtype:
     bfloat16   7 bits: half a unit of 16 is 2^-4 nat, likewise
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.doctor.check import Check, Finding
 from common.doctor.reporter import Reporter
+from common.errors import ConfigError
 from common.record import Record
 from schemas.manifest import Manifest
-from teacher_dump.audit import Tally, _compare_images
-from teacher_dump.doctor.device import loads_on, room_for
+from teacher_dump.audit import CHUNK_ROWS, Tally, _compare_images
+from teacher_dump.placement import choose_device, free_bytes, needed_bytes
 from teacher_dump.reference import Reference
 from teacher_dump.teacher import Teacher
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_RELEASE_SECONDS = 30.0
 
 
 class Tolerance(NamedTuple):
@@ -65,29 +70,62 @@ def check_agreement(
     Raises:
         ConfigError: transformers cannot load the model.
     """
-    tolerance = TOLERANCES[teacher.dtype]
-    need, room, device = loads_on(teacher)
-    if room is not None and need > room:
-        return Check("agreement", "skip", room_for(need, room, device), "room for the model once more")
+    longest = max(len(record.token_ids) for record in records)
+    needed = needed_bytes(
+        teacher.path,
+        dtype=teacher.dtype,
+        rows=CHUNK_ROWS,
+        vocab_size=manifest.vocab_size,
+        states=longest * manifest.hidden_size,
+    )
+    try:
+        device = find_room(needed)
+    except ConfigError as error:
+        return Check("agreement", "skip", str(error), "room for the model once more, in transformers")
     reporter.progress(f"comparing {len(records)} samples with transformers ({teacher.dtype}, {device})")
     reference = Reference(
-        teacher.path, teacher.processor, vocab_size=manifest.vocab_size, dtype=teacher.dtype
+        teacher.path,
+        teacher.processor,
+        vocab_size=manifest.vocab_size,
+        dtype=teacher.dtype,
+        head_dtype=manifest.teacher.head_dtype or teacher.dtype,
+        device=device,
     )
     gram = reference.gram() if manifest.relation.of == "logits" else None
     tallies = {"response": Tally(), "visual": Tally()}
     factors, states = [0.0], [0.0]
     for record in records:
-        forward = reference.forward(record.token_ids, pixels[record.sample_id])
-        tallies["response"].add(record.response, forward.logits[record.response.positions])
-        _compare_images(record, forward, gram, tallies["visual"], factors, states, manifest)
+        found = reference.states(record.token_ids, pixels[record.sample_id])
+        tallies["response"].add(record.response, found, reference)
+        for image in record.visual:
+            if image.topk is not None:
+                tallies["visual"].add(image.topk, found, reference)
+        _compare_images(record, found.float().cpu(), gram, factors, states, manifest)
     return judge(
         {name: tally.summary() for name, tally in tallies.items() if tally.rows},
         max(factors),
         samples=len(records),
         dtype=teacher.dtype,
         device=device,
-        tolerance=tolerance,
+        tolerance=TOLERANCES[teacher.dtype],
     )
+
+
+def find_room(needed: int) -> str:
+    """The device that the model is loaded on once more; `auto` for all GPUs together.
+
+    Asks CUDA, so only once no engine is to be started any more.
+
+    Raises:
+        ConfigError: Nothing holds it.
+    """
+    until = time.monotonic() + _RELEASE_SECONDS
+    while True:
+        free = free_bytes()
+        roomy = any(size >= needed for name, size in free.items() if name != "cpu")
+        if roomy or free.keys() == {"cpu"} or time.monotonic() > until:
+            return choose_device(needed, free, "auto")
+        time.sleep(1)  # the engine's processes may still be giving theirs back
 
 
 def judge(

@@ -5,7 +5,7 @@ import pytest
 from common.cache.layout import identity_sha256
 from common.cache.writer import CacheWriter
 from common.errors import ConfigError
-from teacher_dump.engine import check_arguments, telling_arguments
+from teacher_dump.arguments import check_arguments, telling_arguments
 from teacher_dump.level import choose_out
 from tests.common.cache.records import make_manifest
 
