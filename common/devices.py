@@ -50,12 +50,17 @@ def find_devices() -> list[Device]:
     Raises:
         EngineError: The driver is there and does not answer.
     """
-    tool = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=_WSL)
+    tool = driver_tool()
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
     if tool is None or setting == "":
         return []
     devices = _all_devices(tool)
     return visible(devices + (_parts(tool, devices) if "MIG-" in (setting or "") else []), setting)
+
+
+def driver_tool() -> str | None:
+    """Path of nvidia-smi; None where there is no driver, or none that can be asked."""
+    return shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=_WSL)
 
 
 def visible(devices: list[Device], setting: str | None) -> list[Device]:
