@@ -70,27 +70,12 @@ def check_agreement(
     Raises:
         ConfigError: transformers cannot load the model.
     """
-    longest = max(len(record.token_ids) for record in records)
-    needed = needed_bytes(
-        teacher.path,
-        dtype=teacher.dtype,
-        rows=CHUNK_ROWS,
-        vocab_size=manifest.vocab_size,
-        states=longest * manifest.hidden_size,
-    )
     try:
-        device = find_room(needed)
+        device = find_room(_needed(teacher, manifest, max(len(record.token_ids) for record in records)))
     except ConfigError as error:
         return Check("agreement", "skip", str(error), "room for the model once more, in transformers")
     reporter.progress(f"comparing {len(records)} samples with transformers ({teacher.dtype}, {device})")
-    reference = Reference(
-        teacher.path,
-        teacher.processor,
-        vocab_size=manifest.vocab_size,
-        dtype=teacher.dtype,
-        head_dtype=manifest.teacher.head_dtype or teacher.dtype,
-        device=device,
-    )
+    reference = _open_reference(teacher, manifest, device)
     gram = reference.gram() if manifest.relation.of == "logits" else None
     tallies = {"response": Tally(), "visual": Tally()}
     factors, states = [0.0], [0.0]
@@ -108,6 +93,27 @@ def check_agreement(
         dtype=teacher.dtype,
         device=device,
         tolerance=TOLERANCES[teacher.dtype],
+    )
+
+
+def _needed(teacher: Teacher, manifest: Manifest, longest: int) -> int:
+    return needed_bytes(
+        teacher.path,
+        dtype=teacher.dtype,
+        rows=CHUNK_ROWS,
+        vocab_size=manifest.vocab_size,
+        states=longest * manifest.hidden_size,
+    )
+
+
+def _open_reference(teacher: Teacher, manifest: Manifest, device: str) -> Reference:
+    return Reference(
+        teacher.path,
+        teacher.processor,
+        vocab_size=manifest.vocab_size,
+        dtype=teacher.dtype,
+        head_dtype=manifest.teacher.head_dtype or teacher.dtype,
+        device=device,
     )
 
 

@@ -45,7 +45,7 @@ def check_teacher(config: DoctorConfig, reporter: Reporter) -> None:
     plan = make_plan(np.zeros(len(chosen), np.int64), part_samples=len(chosen), store=dump.relation_store)
     manifest = make_manifest(dump, source, teacher, plan)
     place = Path(config.keep or ".") / SMALL_CACHE
-    measured = measure(dump, teacher, manifest, prepared, place, reporter)
+    measured = measure(dump, teacher, manifest, prepared, place=place, reporter=reporter)
     reporter.check(check_capture_cost(measured))
     reporter.check(check_throughput(measured))
     out = dump.model_copy(update={"out": choose_out(dump.out, None)})

@@ -124,6 +124,7 @@ def measure(
     teacher: Teacher,
     manifest: Manifest,
     prepared: PreparedSamples,
+    *,
     place: Path,
     reporter: Reporter,
 ) -> Measured:
