@@ -12,6 +12,7 @@ _SECRETS: Final = (
     (re.compile(r"\b(?:hf|sk|ghp|gho|github_pat|xox[bp])[_-][A-Za-z0-9_-]{8,}"), "<token>"),
     (re.compile(r"\bAKIA[0-9A-Z]{12,}"), "<token>"),
     (re.compile(r"\bBearer\s+\S+", re.I), "Bearer <token>"),
+    (re.compile(r"((?:token|secret|password|api_?key)=)[^\s,]+", re.I), r"\1<secret>"),
     (re.compile(r"(?<=://)[^/\s@]+@"), "<login>@"),
 )
 _SHORTEST_NAME: Final = 3

@@ -27,6 +27,7 @@ def someone(monkeypatch, tmp_path):
         ("engine-7 died", "<host> died"),
         ("https://ada:secret@mirror.org/simple", "https://<login>@mirror.org/simple"),
         ("token hf_AbCdEfGhIjKlMnOp is invalid", "token <token> is invalid"),
+        ("--engine-arg hf_token=sesame, x", "--engine-arg hf_token=<secret>, x"),
         ("Authorization: Bearer abc.def", "Authorization: Bearer <token>"),
         ("mail to ada.lovelace@engine-7", "mail to <user>@<host>"),
         ("ada.lovelace 2.60.0 is a package", "ada.lovelace 2.60.0 is a package"),
