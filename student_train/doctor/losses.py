@@ -91,9 +91,10 @@ def _gradients_in_float64(
 ) -> Gradients:
     stage = trainer.planned.stage
     objective = Objective(stage.terms, divergence=stage.divergence, relation=term, implementation="eager")
-    bias = None if head.bias is None else head.bias.double()
-    wide = Head(head.weight.double(), bias, head.vocab_size)
-    return _gradients(objective, hidden.double(), wide, batch, nullcontext())
+    bias = None if head.bias is None else head.bias.cpu().double()
+    wide = Head(head.weight.cpu().double(), bias, head.vocab_size)
+    here = batch.to(torch.device("cpu"))  # a large head in float64 may not fit beside the student
+    return _gradients(objective, hidden.cpu().double(), wide, here, nullcontext())
 
 
 def _few_rows(batch: Batch) -> Batch:
@@ -116,10 +117,13 @@ def _few_rows(batch: Batch) -> Batch:
 
 def _distances(found: Gradients, truth: Gradients) -> dict[str, float]:
     """Relative differences: of the loss, and of each gradient's largest entry."""
-    return {
-        name: float((one.double() - other.double()).abs().max() / other.double().abs().max().clamp_min(1e-30))
-        for name, one, other in zip(Gradients._fields, found, truth, strict=True)
-    }
+
+    def far(one: Tensor, other: Tensor) -> float:
+        exact = other.cpu().double()
+        return float((one.cpu().double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+
+    pairs = zip(Gradients._fields, found, truth, strict=True)
+    return {name: far(one, other) for name, one, other in pairs}
 
 
 def judge(apart: dict[str, dict[str, float]], *, loss: float, batch: Batch, precision: str) -> Check:
