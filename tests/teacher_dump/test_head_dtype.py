@@ -185,7 +185,7 @@ def test_a_cache_is_verified_in_its_own_dtype(
         means[dtype] = max(found[dtype][kind]["kl_mean_nats"] for kind in ("response", "visual"))
     assert found["auto"]["dtype"] == "bfloat16"
     assert found["auto"]["ok"]
-    assert means["auto"] <= 1.3 * means["float32"]
+    assert means["auto"] <= 2 * means["float32"]
     assert means["auto"] <= found["auto"]["max_kl"] / 3 < 5e-3
 
 
