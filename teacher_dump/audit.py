@@ -40,7 +40,7 @@ CHUNK_ROWS = 256
 _BFLOAT16_STEP = 2.0**-3
 """Step of bfloat16 log-probs in [16, 32)."""
 
-_ROUNDING = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 2e-2}
+_ROUNDING = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2}
 _OTHER_ARITHMETIC = 0.05
 """Quantised weights, or engine arguments that change what is computed: transformers does neither."""
 
