@@ -3,7 +3,7 @@ PY := .venv/bin/python
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
 
-.PHONY: demo test bench-cache bench-student bench-share soak lint types setup clean help
+.PHONY: demo test bench-head bench-cache bench-student bench-share soak lint types setup clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -38,6 +38,9 @@ lint: setup  ## ruff
 
 types: setup  ## mypy, strict
 	@$(PY) -m mypy
+
+bench-head: setup  ## what the head costs and loses in each dtype -> build/bench/head.json
+	@OMP_NUM_THREADS=1 $(PY) -m scripts.bench_head
 
 bench-teacher: setup  ## what the capture costs beside a plain prefill (build/bench/teacher.json)
 	@$(PY) -m scripts.bench_teacher

@@ -42,6 +42,8 @@ class TeacherIdentity(Frozen):
     """`config.model_type`, such as `llava` or `qwen2_5_vl`."""
     dtype: str
     """Dtype the engine computed in: `float32`, `bfloat16`, `float16`."""
+    head_dtype: str | None = None
+    """Dtype that the head's product was computed in; None for `dtype`."""
     quantization: str | None = None
     """Engine quantisation, if any."""
     engine: dict[str, str] = {}

@@ -180,7 +180,7 @@ class Run:
             planned,
             RelationTerm(of=relation.of, norm=relation.norm),
             self.accelerator,
-            vocab_size=self._vocab_size(planned),
+            vocab_size=self.vocab_size(planned),
             seed=self.plan.config.seed,
         )
         put_weights(self.student, self._balance)
@@ -193,7 +193,8 @@ class Run:
         self._step_began = time.perf_counter()
         return trainer
 
-    def _vocab_size(self, planned: PlannedStage) -> int:
+    def vocab_size(self, planned: PlannedStage) -> int:
+        """Real tokens that a stage's teacher and the student share."""
         return min(self.plan.levels[planned.level].manifest.vocab_size, self.plan.shape.vocab_rows)
 
     def read(self, planned: PlannedStage) -> Iterator[tuple[StepInput, float]]:
@@ -214,7 +215,7 @@ class Run:
             self.plan.processor,
             self.plan.shape.image_token_id,
             token_types=self.student.family.token_types,
-            vocab_size=self._vocab_size(planned),
+            vocab_size=self.vocab_size(planned),
         )
         return Stream(
             RecordSource(records, keep_blocks=2 * config.shuffle_blocks),

@@ -1,11 +1,12 @@
-"""`teacher-dump verify`: is this cache what its teacher thinks? A random handful, computed again.
+"""`teacher-dump verify`: does a cache match its teacher? A few random samples, computed again.
 
-    records ──drawn by seed──> images of the data ──transformers, float32──> logits, states
+    records ──drawn by seed──> images of the data ──transformers, the level's dtype──> logits, states
                                                             │
               kept log-probs, tails, factors  <──compared───┘
 
-A cache of a float32 teacher differs by its encoding only; of a bfloat16 one by that teacher's rounding.
-A teacher that did not see an image, another prompt or shifted rows lie far beyond either.
+A cache of a float32 teacher differs by its encoding only; of a bfloat16 one also by rounding, which vLLM
+and transformers do in another order. A teacher that did not see an image, another prompt or shifted rows
+lie far beyond either.
 """
 
 import hashlib
@@ -27,10 +28,21 @@ from common.record import Record, TopK
 from common.relation import relation
 from schemas.manifest import Manifest
 from teacher_dump.config import AuditConfig
-from teacher_dump.reference import Forward, Reference
+from teacher_dump.placement import choose_device, free_bytes, needed_bytes
+from teacher_dump.reference import Reference
 from teacher_dump.teacher import find_teacher
 
 Say = Callable[[str], None]
+
+CHUNK_ROWS = 256
+"""Rows whose logits exist at a time."""
+
+_BFLOAT16_STEP = 2.0**-3
+"""Step of bfloat16 log-probs in [16, 32)."""
+
+_ROUNDING = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2}
+_OTHER_ARITHMETIC = 0.05
+"""Quantised weights, or engine arguments that change what is computed: transformers does neither."""
 
 
 class Tally:
@@ -45,10 +57,14 @@ class Tally:
         self.agreement: list[float] = []
         self.divergence: list[float] = []
 
-    def add(self, kept: TopK, logits: torch.Tensor) -> None:
-        """Compare rows with the [N, V] logits computed again."""
-        if not len(kept.positions):
-            return
+    def add(self, kept: TopK, states: torch.Tensor, reference: Reference) -> None:
+        """Compare rows with what the [T, D] states computed again give, a few rows at a time."""
+        for start in range(0, len(kept.positions), CHUNK_ROWS):
+            piece = _cut(kept, slice(start, start + CHUNK_ROWS))
+            rows = torch.from_numpy(piece.positions.astype(np.int64)).to(states.device)
+            self._add(piece, reference.logits(states[rows]))
+
+    def _add(self, kept: TopK, logits: torch.Tensor) -> None:
         exact = logits.double().log_softmax(-1)
         logits = exact if self._normalised else logits
         used = torch.from_numpy(np.isfinite(kept.logprobs))
@@ -78,6 +94,19 @@ class Tally:
             "kl_mean_nats": float(np.mean(self.divergence)),
             "kl_max_nats": float(np.max(self.divergence)),
         }
+
+
+def _cut(kept: TopK, rows: slice) -> TopK:
+    """Some rows."""
+    counts = None if kept.counts is None else kept.counts[rows]
+    return TopK(
+        kept.positions[rows],
+        kept.token_ids[rows],
+        kept.logprobs[rows],
+        kept.log_tail[rows],
+        kept.logsumexp[rows],
+        counts,
+    )
 
 
 def _divergence(
@@ -113,19 +142,24 @@ def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
         if not cache.num_samples:
             raise PartMissing(f"{config.cache} holds no sealed sample yet; let the dump go on first")
         source = _open_data(config, manifest)
-        reference, gram = _open_teacher(config, manifest)
+        dtype = manifest.teacher.dtype if config.dtype == "auto" else config.dtype
+        limit = config.max_kl or allowed_kl(manifest, dtype)
+        reference, gram, where = _open_teacher(config, manifest, dtype, longest=int(cache.num_tokens.max()))
         draw = np.random.Generator(np.random.Philox(key=config.seed)).permutation(cache.num_samples)
         chosen = np.sort(draw[: config.sample])
-        say(f"computing {len(chosen)} of {cache.num_samples} samples of {config.cache} again in float32")
+        say(f"computing {len(chosen)} of {cache.num_samples} samples of {config.cache} again {where}")
         normalised = "capture" in manifest.teacher.engine
         tallies = {kind: Tally(normalised=normalised) for kind in ("response", "visual")}
         factors, states = [0.0], [0.0]
         rows = {name: row for row, name in enumerate(source.sample_ids())}
         for index in tqdm(chosen, desc="verify", unit="sample"):
             record = cache.read_record(int(index))
-            forward = reference.forward(record.token_ids, _images(record, source, rows))
-            tallies["response"].add(record.response, forward.logits[record.response.positions])
-            _compare_images(record, forward, gram, tallies["visual"], factors, states, manifest)
+            found_states = reference.states(record.token_ids, _images(record, source, rows))
+            tallies["response"].add(record.response, found_states, reference)
+            for image in record.visual:
+                if image.topk is not None:
+                    tallies["visual"].add(image.topk, found_states, reference)
+            _compare_images(record, found_states.float().cpu(), gram, factors, states, manifest)
     found = {name: tally.summary() for name, tally in tallies.items() if tally.rows}
     worst = max(each["kl_mean_nats"] for each in found.values()) if found else 0.0
     return {
@@ -134,27 +168,26 @@ def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
         **found,
         "max_factor_error": max(factors),
         "max_hidden_error": max(states),
-        "ok": worst <= config.max_kl,
+        "dtype": dtype,
+        "max_kl": limit,
+        "ok": worst <= limit,
     }
 
 
 def _compare_images(
     record: Record,
-    forward: Forward,
+    found: torch.Tensor,
     gram: torch.Tensor | None,
-    tally: Tally,
     factors: list[float],
     states: list[float],
     manifest: Manifest,
 ) -> None:
     for image in record.visual:
         span = slice(image.start, image.start + image.num_positions)
-        if image.topk is not None:
-            tally.add(image.topk, forward.logits[image.topk.positions])
         if image.hidden is not None:
-            states.append(float((torch.from_numpy(image.hidden) - forward.hidden[span]).abs().max()))
+            states.append(float((torch.from_numpy(image.hidden) - found[span]).abs().max()))
         if image.factor is not None:
-            exact = relation(forward.hidden[span], gram, cosine=manifest.relation.norm == "cosine").double()
+            exact = relation(found[span], gram, cosine=manifest.relation.norm == "cosine").double()
             kept = torch.from_numpy(image.factor).double()
             kept = kept @ kept.T
             factors.append(float((kept / kept.norm() - exact / exact.norm()).norm()))
@@ -169,17 +202,53 @@ def _open_data(config: AuditConfig, manifest: Manifest) -> SampleSource:
     return open_source(data, image_root=config.image_root or (found.image_root if found else None))
 
 
-def _open_teacher(config: AuditConfig, manifest: Manifest) -> tuple[Reference, torch.Tensor | None]:
+def allowed_kl(manifest: Manifest, dtype: str) -> float:
+    """Largest mean divergence, in nats, of a cache that matches: its encoding's and its arithmetic's.
+
+    Args:
+        manifest: The level's.
+        dtype: What it is computed in again.
+    """
+    encoding = manifest.encoding
+    step = {"steps": encoding.logit_step, "bfloat16": _BFLOAT16_STEP, "float32": 0.0}[encoding.logits]
+    rounding = max(_ROUNDING[dtype], _ROUNDING[manifest.teacher.dtype])
+    if manifest.teacher.quantization or manifest.teacher.engine:
+        rounding = max(rounding, _OTHER_ARITHMETIC)
+    return rounding + step**2 / 8  # KL of log-probs that are off by half a step at most
+
+
+def _open_teacher(
+    config: AuditConfig, manifest: Manifest, dtype: str, *, longest: int
+) -> tuple[Reference, torch.Tensor | None, str]:
+    """The teacher, its head's gram where relations are of logits, and how it computes in words."""
     ref = resolve_model(config.model or manifest.teacher.model)
-    teacher = find_teacher(ref, dtype="float32", with_weights=True, options=config)
+    teacher = find_teacher(ref, dtype=dtype, with_weights=True, options=config)
+    needed = needed_bytes(
+        teacher.path,
+        dtype=dtype,
+        rows=CHUNK_ROWS,
+        vocab_size=manifest.vocab_size,
+        states=longest * manifest.hidden_size,
+    )
+    device = choose_device(needed, free_bytes(), config.device)
     found, wanted = weights_sha256(teacher.path), manifest.teacher.weights_sha256
     if found != wanted:
         raise MismatchError(
             f"{teacher.path} has weights {found[:12]}, {config.cache} was dumped from {wanted[:12]}; "
             "name that teacher with --model"
         )
-    reference = Reference(teacher.path, teacher.processor, vocab_size=manifest.vocab_size)
-    return reference, reference.gram() if manifest.relation.of == "logits" else None
+    head = manifest.teacher.head_dtype or manifest.teacher.dtype
+    reference = Reference(
+        teacher.path,
+        teacher.processor,
+        vocab_size=manifest.vocab_size,
+        dtype=dtype,
+        head_dtype=head,
+        device=device,
+    )
+    place = "all GPUs" if device == "auto" else device
+    how = f"in {dtype}, the head in {head}, on {place} (about {needed / 1e9:.1f} GB)"
+    return reference, reference.gram() if manifest.relation.of == "logits" else None, how
 
 
 def _images(record: Record, source: SampleSource, rows: dict[str, int]) -> list[Any]:

@@ -38,7 +38,7 @@ from teacher_dump.request import (
     hash_tokens,
     uniforms,
 )
-from teacher_dump.seams import Slice, attach, find_head, mend_pipeline, real_rows
+from teacher_dump.seams import Slice, attach, find_head, logits_dtype, mend_pipeline, real_rows
 from teacher_dump.watch import Driver, end_with
 
 Rows = NDArray[np.int64]
@@ -158,6 +158,21 @@ class CaptureExtension:
             return logits
 
         model.compute_logits = compute_logits
+
+    def cascache_head_dtype(self, vocab_size: int) -> str | None:
+        """What dtype the logits have, measured; None on the stages without a head.
+
+        Args:
+            vocab_size: Real tokens.
+        """
+        model, settings = self.get_model(), self.vllm_config.model_config  # type: ignore[attr-defined]
+        if not get_pp_group().is_last_rank:
+            return None
+        return logits_dtype(
+            model,
+            like=torch.empty(0, settings.get_hidden_size(), dtype=settings.dtype, device=self.device),  # type: ignore[attr-defined]
+            vocab_size=vocab_size,
+        )
 
     def cascache_drain(self) -> list[dict[str, Any]]:
         """Finished results since the last call, in wire form; none from ranks that do not write."""

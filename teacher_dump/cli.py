@@ -87,7 +87,8 @@ def _verify(arguments: list[str]) -> int:
             if kind in found:
                 print(f"{kind}: " + ", ".join(f"{name} {value:.3g}" for name, value in found[kind].items()))
         print(f"relation: max_factor_error {found['max_factor_error']:.3g}")
-        print("the cache is what its teacher thinks" if found["ok"] else "the cache is NOT its teacher's")
+        verdict = "cache matches its teacher" if found["ok"] else "cache does NOT match its teacher"
+        print(f"{verdict} (mean KL at most {found['max_kl']:.2g} nats, computed in {found['dtype']})")
     return 0 if found["ok"] else EXIT_DIFFERS
 
 

@@ -79,6 +79,9 @@ class DumpConfig(ProcessorOptions):
     """Step of kept logits in nats when they are kept as steps."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the teacher computes in; auto takes what its weights are in."""
+    head_dtype: Literal["float32", "auto", "bfloat16", "float16"] = "float32"
+    """What the head's product is computed in; auto takes the teacher's own, which rounds logits coarsely
+    unless it is float32."""
     quantization: str | None = None
     """vLLM's name of a quantisation to load the weights in."""
     prefix_cache: bool = True
@@ -168,6 +171,12 @@ class DumpConfig(ProcessorOptions):
         return self.dry_run or self.sample_estimate is not None
 
     @property
+    def relates_logits(self) -> bool:
+        """Whether relations of the vocabulary logits are kept, which need the head's weight."""
+        kept = "visual" in self.positions and self.relation_store in ("factor", "both")
+        return kept and self.relation_of == "logits"
+
+    @property
     def draws(self) -> int:
         """Random draws a position; 0 in the mode topk."""
         return 0 if self.sampling == "topk" else self.sampling_draws or 50
@@ -199,8 +208,12 @@ class AuditConfig(ProcessorOptions):
     """The samples; where the cache says the dump found them by default."""
     image_root: str | None = None
     """Directory that relative image paths start from."""
-    max_kl: float = Field(0.05, gt=0)
-    """Largest mean divergence, in nats, that still passes."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What to compute in; auto takes the level's own, whose rounding the cache shares."""
+    device: str = "auto"
+    """Where: cpu, cuda, cuda:1; auto takes a GPU that holds the teacher, all GPUs, or the CPU."""
+    max_kl: float | None = Field(None, gt=0)
+    """Largest mean divergence, in nats, that still passes; chosen from encoding and dtype by default."""
     seed: int = Field(0, ge=0, lt=2**64)
     """Of the draw."""
     json_: bool = Field(False, alias="json")

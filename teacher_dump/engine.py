@@ -15,12 +15,11 @@ a sample whose images are not the ones that its prompt was made from.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -31,7 +30,9 @@ from numpy.typing import NDArray
 
 from common.chat import Prompt
 from common.errors import CascacheError, ConfigError, EngineError, EngineStopped
+from teacher_dump.arguments import check_arguments, known_arguments
 from teacher_dump.environment import BATCH_INVARIANT
+from teacher_dump.head import head_overrides
 from teacher_dump.request import (
     EXTRA_ARG,
     ROWS_MISSING,
@@ -51,43 +52,6 @@ log = logging.getLogger(__name__)
 MAX_BIASED_IDS = 1024
 """Ids whose probability vLLM's V2 runner changes for one request; more of them end the worker."""
 _EXTENSION = "teacher_dump.capture.CaptureExtension"
-_OWNED_ARGUMENTS = {
-    "model": "--model",
-    "revision": "--model",
-    "tokenizer": "--model",
-    "dtype": "--dtype",
-    "quantization": "--quantization",
-    "max_model_len": "--max-len",
-    "max_num_seqs": "--max-num-seqs",
-    "tensor_parallel_size": "--tensor-parallel",
-    "pipeline_parallel_size": "--pipeline-parallel",
-    "seed": "--seed",
-    "enable_prefix_caching": "--prefix-cache",
-    "worker_extension_cls": None,
-    "mm_processor_kwargs": None,
-}
-"""vLLM arguments that the dump sets itself, and the flag that says the same."""
-
-_HARMLESS_ARGUMENTS = frozenset(
-    {
-        "block_size",
-        "compilation_config",
-        "cpu_offload_gb",
-        "disable_custom_all_reduce",
-        "distributed_executor_backend",
-        "download_dir",
-        "enable_chunked_prefill",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "kv_cache_memory_bytes",
-        "limit_mm_per_prompt",
-        "load_format",
-        "max_num_batched_tokens",
-        "max_parallel_loading_workers",
-        "mm_processor_cache_gb",
-    }
-)
-"""vLLM arguments that change speed and memory, not what is computed (rounding aside)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +68,10 @@ class EngineSettings:
     """Longest expanded sequence that will be submitted."""
     capture: CaptureSettings
     """What to keep."""
+    head_dtype: str = "float32"
+    """What the head's product is computed and kept in; never `auto`."""
+    quantization: str | None = None
+    """vLLM's name of a quantisation to load the weights in."""
     max_num_seqs: int = 64
     """Samples computed at a time."""
     max_num_batched_tokens: int | None = None
@@ -183,6 +151,7 @@ class Engine:
         self._llm: Any = None
         self.runner = ""
         self.dtype = ""
+        self.head_dtype = ""
         self._log = EngineLog(kept=False)
         self._processes: list[BaseProcess] = []
         self._stopped = self._masked = False
@@ -220,12 +189,17 @@ class Engine:
         self._processes = engine_processes()
         with self._stopping("taking up the capture"):
             self.runner, self.dtype = self._install()
-        if self.dtype != self.settings.dtype:
-            self.close()
-            raise EngineError(
-                f"vLLM computes in {self.dtype}, the level is to be in {self.settings.dtype}; "
-                f"ask for --dtype {self.dtype}, or find what overrides it"
-            )
+            self.head_dtype = self._measure_head()
+        for what, flag, found, wanted in (
+            ("computes", "--dtype", self.dtype, self.settings.dtype),
+            ("gives logits", "--head-dtype", self.head_dtype, self.settings.head_dtype),
+        ):
+            if found != wanted:
+                self.close()
+                raise EngineError(
+                    f"vLLM {what} in {found}, the level is to be in {wanted}; "
+                    f"ask for {flag} {found}, or find what overrides it"
+                )
         log.info("vLLM %s runs %s on its %s runner", vllm.__version__, self.settings.model, self.runner)
         return self
 
@@ -238,6 +212,12 @@ class Engine:
                 self.close()
                 raise EngineError(answer["problem"])
         return answers[0]["runner"], answers[0]["dtype"]
+
+    def _measure_head(self) -> str:
+        """The dtype of the logits that the workers really compute."""
+        wanted = (self.settings.capture.vocab_size,)
+        answers = self._call(lambda: self._llm.collective_rpc("cascache_head_dtype", args=wanted))
+        return str(next(each for each in answers if each is not None))  # the last pipeline stage has the head
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -352,6 +332,12 @@ class Engine:
         prompt = _to_vllm(submission.prompt, submission.pixels)
         self._llm.enqueue([prompt], [params], use_tqdm=False)
 
+    def forget_images(self) -> None:
+        """Empty the caches of processed and encoded images: a second pass then costs what a first does."""
+        if self._llm is not None:
+            self._llm.reset_mm_cache()
+            self._llm.llm_engine.reset_encoder_cache()
+
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
         """Let the teacher answer a wave of questions.
 
@@ -431,30 +417,20 @@ class Engine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "worker_extension_cls": _EXTENSION,
+            **({"quantization": settings.quantization} if settings.quantization else {}),
+            # its default computes some models' last layers on the end of a prompt only
+            **({"swa_bounded_replay": False} if "swa_bounded_replay" in known_arguments() else {}),
             **settings.arguments,
+            **self._head(),
         }
 
-
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse vLLM arguments that the capture depends on.
-
-    Raises:
-        ConfigError: With the first of them.
-    """
-    owned = sorted(_OWNED_ARGUMENTS.keys() & arguments.keys())
-    if owned:
-        flag = _OWNED_ARGUMENTS[owned[0]]
-        cure = f"use {flag}" if flag else "leave it out"
-        raise ConfigError(f"--engine-arg {owned[0]} is set by the dump itself; {cure}")
-
-
-def telling_arguments(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """Those vLLM arguments that may change what is computed, values as JSON: part of a level's identity."""
-    return {
-        name: json.dumps(value, sort_keys=True, default=str)
-        for name, value in sorted(arguments.items())
-        if name not in _HARMLESS_ARGUMENTS
-    }
+    def _head(self) -> dict[str, Any]:
+        """What makes the head compute in its dtype, where that is not the model's own."""
+        settings = self.settings
+        if settings.head_dtype == settings.dtype:
+            return {}
+        given = settings.arguments.get("hf_overrides") or {}
+        return {"hf_overrides": head_overrides(settings.model, settings.head_dtype, given)}
 
 
 def _to_vllm(prompt: Prompt, pixels: tuple["Image", ...]) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from common.errors import ConfigError, DataError
 from common.fingerprint import fingerprints
 from common.render import check_answers
 from schemas.manifest import Capture, DataSource, Encoding, Manifest, Relation, SampleSet
+from teacher_dump.arguments import check_arguments, telling_arguments
 from teacher_dump.config import DumpConfig
-from teacher_dump.engine import MAX_BIASED_IDS, EngineSettings, check_arguments, telling_arguments
+from teacher_dump.engine import MAX_BIASED_IDS, EngineSettings
 from teacher_dump.environment import BATCH_INVARIANT
+from teacher_dump.head import check_quantised_head
 from teacher_dump.plan import Plan, make_plan
 from teacher_dump.request import CaptureSettings
 from teacher_dump.teacher import Teacher
@@ -32,10 +34,17 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
 
     Raises:
         ConfigError: K exceeds the real vocabulary, an engine argument is not the user's to set, the chat
-            template changes even a plain answer, or there are too many padding rows to keep out of answers.
+            template changes even a plain answer, the checkpoint's head is quantised and its plain weight is
+            needed, or there are too many padding rows to keep out of answers.
         DataError: There are no samples.
     """
     check_arguments(config.engine_arguments)
+    head_dtype = teacher.head_dtype(config.head_dtype)
+    check_quantised_head(
+        teacher.path,
+        computes_in=None if head_dtype == teacher.dtype else head_dtype,
+        relates_logits=config.relates_logits,
+    )
     for name, topk in (("--topk", config.topk), ("--visual-topk", config.visual_topk or 1)):
         if topk > teacher.vocab_size:
             raise ConfigError(
@@ -110,7 +119,7 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
     if is_batch_invariant(config):
         told["batch_invariant"] = "true"
     return Manifest(
-        teacher=teacher.identity(config.quantization, told),
+        teacher=teacher.identity(config.quantization, told, head_dtype=teacher.head_dtype(config.head_dtype)),
         fingerprints=fingerprints(teacher.processor, asked=config.teacher_answers),
         vocab_rows=teacher.vocab_rows,
         vocab_size=teacher.vocab_size,
@@ -164,13 +173,12 @@ def _tools() -> dict[str, str]:
 def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> EngineSettings:
     """How the engine is started for these settings."""
     visual = "visual" in config.positions
-    arguments = config.engine_arguments
-    if config.quantization is not None:
-        arguments["quantization"] = config.quantization
     return EngineSettings(
         model=str(teacher.path),
         revision=None,
         dtype=teacher.dtype,
+        head_dtype=teacher.head_dtype(config.head_dtype),
+        quantization=config.quantization,
         max_len=capture.max_len,
         max_num_seqs=config.max_num_seqs,
         tensor_parallel=config.tensor_parallel,
@@ -182,7 +190,7 @@ def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> E
         any_version=config.any_vllm,
         hooks=config.capture == "hooks",
         vocab_rows=teacher.vocab_rows,
-        arguments=arguments,
+        arguments=config.engine_arguments,
         capture=CaptureSettings(
             topk=0 if capture.sampling == "random" else capture.topk,
             visual_topk=0 if capture.sampling == "random" else capture.visual_topk,

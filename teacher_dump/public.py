@@ -39,9 +39,7 @@ class PublicEngine(Engine):
         return wanted + min(wanted, self.settings.vocab_rows - capture.vocab_size)
 
     def _arguments(self) -> dict[str, Any]:
-        arguments = {"max_logprobs": self.num_asked, "logprobs_mode": "raw_logprobs", **super()._arguments()}
-        del arguments["worker_extension_cls"]
-        return arguments
+        return {"max_logprobs": self.num_asked, "logprobs_mode": "raw_logprobs", **super()._arguments()}
 
     def _install(self) -> tuple[str, str]:
         return "public", str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")

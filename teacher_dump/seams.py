@@ -11,10 +11,13 @@ requests in them. vLLM 0.32 runs V2 where Triton works (GPUs) and V1 on CPUs.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from common.errors import EngineError
 from common.tested_versions import TESTED_VLLM
+
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Slice(NamedTuple):
@@ -128,10 +131,11 @@ def find_head(model: Any) -> Any:
     language = model.get_language_model() if hasattr(model, "get_language_model") else model
     head = getattr(language, "lm_head", None)
     weight = getattr(head, "weight", None)
-    if weight is None or not weight.dtype.is_floating_point:
+    if not _is_plain(head) or weight is None or weight.ndim != 2 or not len(weight):
+        found = type(getattr(head, "quant_method", None)).__name__
         raise EngineError(
-            f"{type(model).__name__} has no plain lm_head.weight to relate logits with; "
-            "use --relation-of hidden"
+            f"{type(model).__name__} has no plain lm_head.weight to relate logits with (its head is "
+            f"{getattr(weight, 'dtype', 'missing')} under {found}); use --relation-of hidden"
         )
     if getattr(head, "bias", None) is not None:
         raise EngineError(f"{type(model).__name__} has a head with a bias; use --relation-of hidden")
@@ -140,6 +144,42 @@ def find_head(model: Any) -> Any:
             f"{type(model).__name__} caps its logits softly, so they are not linear; use --relation-of hidden"
         )
     return head
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether the head's weight is what it multiplies by: no scales, no packing."""
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+
+    method, weight = getattr(head, "quant_method", None), getattr(head, "weight", None)
+    return (
+        isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+        and getattr(weight, "dtype", None) in _PLAIN
+    )
+
+
+@torch.inference_mode()
+def logits_dtype(model: Any, *, like: Tensor, vocab_size: int) -> str:
+    """The coarsest dtype that holds every logit of two random states: a model may widen what it has rounded.
+
+    Every rank of a tensor-parallel group has to call it, because `compute_logits` gathers.
+
+    Args:
+        model: The worker's model.
+        like: [0, D] of the dtype and on the device of its final hidden states.
+        vocab_size: Real tokens.
+    """
+    states = torch.randn(2, like.shape[1], generator=torch.Generator().manual_seed(0))
+    logits = model.compute_logits(states.to(like))[:, :vocab_size]
+    if logits.any():
+        for coarse in (torch.bfloat16, torch.float16):
+            if torch.equal(logits.to(coarse).to(logits.dtype), logits):
+                return _name(coarse)
+    return _name(logits.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def real_rows(head: Any, vocab_size: int) -> Tensor:

@@ -50,7 +50,13 @@ class Teacher:
         """Real tokens."""
         return min(len(self.processor.tokenizer), self.vocab_rows)
 
-    def identity(self, quantization: str | None, engine: Mapping[str, str]) -> TeacherIdentity:
+    def head_dtype(self, asked: str) -> str:
+        """What its head computes in: as asked, or for `auto` what the rest computes in."""
+        return self.dtype if asked == "auto" else asked
+
+    def identity(
+        self, quantization: str | None, engine: Mapping[str, str], *, head_dtype: str
+    ) -> TeacherIdentity:
         """Which weights answer, and how they are run; hashes every weight file."""
         return TeacherIdentity(
             model=self.ref.name,
@@ -58,6 +64,7 @@ class Teacher:
             weights_sha256=weights_sha256(self.path),
             model_type=self.model_type,
             dtype=self.dtype,
+            head_dtype=None if head_dtype == self.dtype else head_dtype,
             quantization=quantization,
             config_sha256=config_sha256(self.path),
             engine=dict(engine),

@@ -1,5 +1,6 @@
 """What the pages say to type works, in the order in which they say it."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,9 @@ import pytest
 
 from common.data.open import open_source
 from common.data.shapes import write_shapes
+from common.doctor.check import CHECKS
 from common.models import TINY
+from teacher_dump.doctor.agreement import TOLERANCES
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(
@@ -73,3 +76,21 @@ def test_the_trust_page(workplace):
 
 def test_the_cascade_page(tmp_path):
     run_page("cascade.md", tmp_path)
+
+
+@pytest.mark.slow
+def test_the_gpu_page(tmp_path):
+    run_page("gpu.md", tmp_path)
+    assert json.loads((tmp_path / "doctor.json").read_text())["summary"]["fail"] == 0
+
+
+def test_the_gpu_page_explains_every_check():
+    page = (DOCS / "gpu.md").read_text()
+    assert [name for names in CHECKS.values() for name in names if f"| `{name}` |" not in page] == []
+
+
+def test_the_gpu_page_states_the_tolerances():
+    page = (DOCS / "gpu.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in page.splitlines()]
+    told = {row[0]: tuple(map(float, row[1:])) for row in rows if row and row[0] in TOLERANCES}
+    assert told == TOLERANCES

@@ -90,7 +90,9 @@ def test_no_import_cycles():
         visit(module, ())
 
 
-@pytest.mark.parametrize("module", ["teacher_dump.cli", "student_train.cli", "common.cache.cli"])
+@pytest.mark.parametrize(
+    "module", ["teacher_dump.cli", "student_train.cli", "common.cache.cli", "common.doctor.cli"]
+)
 def test_help_needs_no_heavy_library(module):
     code = (
         f"import sys\nfrom {module} import main\n"

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from common.cache import cli_inspect, cli_look, cli_size, cli_transfer, cli_trust
 from common.cache.commands import EPILOG
 from common.console import escape_unprintable
+from common.doctor import cli as doctor
 from common.errors import CascacheError, tell_os_error
 from common.extras import tell_missing_module
 
-GROUPS = (cli_inspect, cli_look, cli_size, cli_transfer, cli_trust)
+GROUPS = (cli_inspect, cli_look, cli_size, cli_transfer, cli_trust, doctor)
 """Modules that register commands, in the order that `--help` lists them."""
 
 
@@ -33,7 +34,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     escape_unprintable()
-    arguments = build_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == [doctor.NAME]:
+        return doctor.main(given[1:])
+    arguments = build_parser().parse_args(given)
     try:
         code, answer = arguments.run(arguments)
     except CascacheError as error:

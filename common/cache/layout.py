@@ -32,7 +32,7 @@ GUARD: Final = "sha256"
 KNOWN_NAMES: Final = frozenset({METADATA, PARTS, SEALS, INDEX, WRITING})
 """Everything that may stand at the root of a cache."""
 
-_LATER_FIELDS: Final = ("with_images", "without_text")
+_LATER_FIELDS: Final = (("with_images",), ("without_text",), ("teacher", "head_dtype"))
 """Identity fields that caches of the first days lack: they count only when they are set."""
 
 _PART = re.compile(r"[0-9]{5,9}")
@@ -111,9 +111,12 @@ def identity_fields(manifest: Manifest) -> dict[str, object]:
     """The manifest's fields that must be equal to share a cache, as JSON values."""
     left_out: dict[str, Any] = {**dict.fromkeys(LOCATION_FIELDS, True), "teacher": {"model": True}}
     fields: dict[str, object] = manifest.model_dump(mode="json", exclude=left_out)
-    for name in _LATER_FIELDS:
-        if not fields[name]:
-            del fields[name]  # as before there was such a field
+    for *groups, name in _LATER_FIELDS:
+        owner: Any = fields
+        for group in groups:
+            owner = owner[group]
+        if not owner[name]:
+            del owner[name]  # as before there was such a field
     return fields
 
 

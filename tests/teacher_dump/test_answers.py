@@ -201,7 +201,7 @@ def test_an_audit_tells_shifted_rows_and_other_weights(
     writer.write_part(0, shifted, first_sample=0, num_samples=size)
     writer.finalize()
     assert main(["verify", str(tmp_path / "shifted"), "--sample", "6"]) == 1
-    assert "NOT its teacher's" in capsys.readouterr().out
+    assert "cache does NOT match its teacher" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "shifted"), "--model", "tiny-l1"]) == 2
     assert "was dumped from" in capsys.readouterr().err
 

@@ -1,12 +1,20 @@
 """A dump without `--out` finds its own level: the first free one, or the one it was stopped in."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from common.cache.layout import identity_sha256
 from common.cache.writer import CacheWriter
 from common.errors import ConfigError
-from teacher_dump.engine import check_arguments, telling_arguments
-from teacher_dump.level import choose_out
+from common.models import ModelRef
+from schemas.manifest import Capture
+from teacher_dump.arguments import check_arguments, telling_arguments
+from teacher_dump.config import DumpConfig
+from teacher_dump.engine import Engine
+from teacher_dump.level import choose_out, engine_settings
+from teacher_dump.teacher import Teacher
 from tests.common.cache.records import make_manifest
 
 
@@ -43,3 +51,22 @@ def test_arguments_that_change_answers_are_part_of_the_identity():
 def test_arguments_that_the_dump_sets_are_refused_with_their_flag(name, cure):
     with pytest.raises(ConfigError, match=f"{name} is set by the dump itself; use {cure}"):
         check_arguments({name: "x"})
+
+
+def test_a_quantisation_reaches_the_engine():
+    """It is a flag of the dump, which `--engine-arg` must not set as well."""
+    config = DumpConfig(quantization="fp8", head_dtype="auto")
+    teacher = Teacher(
+        ref=ModelRef("t", "t", None, "llava"),
+        path=Path("t"),
+        revision=None,
+        processor=SimpleNamespace(tokenizer=range(8)),
+        model_type="llava",
+        dtype="bfloat16",
+        vocab_rows=8,
+        hidden_size=4,
+        max_positions=64,
+    )
+    settings = engine_settings(config, teacher, Capture(topk=4, visual_topk=4))
+    assert Engine(settings).settings.quantization == "fp8"
+    assert settings.head_dtype == "bfloat16"
