@@ -136,11 +136,12 @@ def test_a_bfloat16_head_is_far_from_it(answers: Callable[[str], Any], models: P
 
 
 def test_capture_and_codec_together_stay_within_5e_5_nats(answers: Callable[[str], Any], models: Path):
-    """At a largest logit of about 12; a bfloat16 head alone loses more."""
+    """At a largest logit of about 12, where a bfloat16 head's steps are as wide as the codec's."""
     head = head_of(models / str(FULL) / NESTED)
-    assert mean_kl(answers(FLOAT32[0])["cached"], head) <= 5e-5
-    assert mean_kl(answers(BFLOAT16)["records"], head) > 5e-5
-    assert mean_kl(answers(BFLOAT16)["cached"], head) > 5e-5
+    float32, bfloat16 = answers(FLOAT32[0]), answers(BFLOAT16)
+    assert mean_kl(float32["cached"], head) <= 5e-5
+    assert mean_kl(bfloat16["records"], head) > 1e-5
+    assert mean_kl(bfloat16["cached"], head) > 1.5 * mean_kl(float32["cached"], head)
 
 
 @pytest.mark.parametrize("case", FLOAT32)
