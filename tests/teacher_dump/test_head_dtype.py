@@ -199,9 +199,9 @@ def test_a_plain_head_is_found(head: str, answers: Callable[[str], Any]):
     assert answers(QUANTISED)[head] in ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
 
 
-@pytest.mark.parametrize(("head", "words"), [("float8", "float8_e4m3fn"), ("gptq", "GPTQ")])
+@pytest.mark.parametrize(("head", "words"), [("float8", "float8_e4m3fn"), ("scaled", "CompressedTensors")])
 def test_a_quantised_head_has_no_gram(head: str, words: str, answers: Callable[[str], Any]):
-    """float8 is a floating type and no plain weight; a packed one is missing altogether."""
+    """Neither float8, which is a floating type, nor a weight that its method multiplies by scales."""
     said = answers(QUANTISED)[head]
     assert said.startswith("EngineError")
     assert words in said
