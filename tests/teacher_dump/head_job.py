@@ -121,29 +121,22 @@ def quantised(models: Path, family: str, dtype: str, vocab: str) -> dict[str, st
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsLinearMethod,
+    )
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
     with Engine(bf16(models / vocab / family, "float32", int(vocab))) as engine:
         worker = engine._llm.llm_engine.model_executor.driver_worker.worker
         model = worker.model_runner.model
         language = model.get_language_model()
         with set_current_vllm_config(worker.vllm_config):
-            float8 = ParallelLMHead(1024, 128, quant_method=UnquantizedLinearMethod())
-            float8.weight = torch.nn.Parameter(float8.weight.to(torch.float8_e4m3fn), requires_grad=False)
-            heads = {
-                "own": language.lm_head,
-                "plain": ParallelLMHead(1024, 128),
-                "excluded": ParallelLMHead(1024, 128, quant_method=UnquantizedLinearMethod()),
-                "float8": float8,
-                "gptq": ParallelLMHead(
-                    1024,
-                    128,
-                    quant_config=AutoGPTQConfig.from_config({**gptq, "lm_head": True}),
-                    prefix="lm_head",
-                ),
-            }
+            made = {name: ParallelLMHead(1024, 128) for name in ("plain", "excluded", "float8", "scaled")}
+        made["excluded"].quant_method = UnquantizedLinearMethod()
+        float8 = made["float8"].weight.to(torch.float8_e4m3fn)
+        made["float8"].weight = torch.nn.Parameter(float8, requires_grad=False)
+        made["scaled"].quant_method = CompressedTensorsLinearMethod(None)
+        heads = {"own": language.lm_head, **made}
         return {name: _find(model, language, head) for name, head in heads.items()}
 
 

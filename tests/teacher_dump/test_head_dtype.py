@@ -136,11 +136,12 @@ def test_a_bfloat16_head_is_far_from_it(answers: Callable[[str], Any], models: P
 
 
 def test_capture_and_codec_together_stay_within_5e_5_nats(answers: Callable[[str], Any], models: Path):
-    """At a largest logit of about 12; a bfloat16 head alone loses more."""
+    """At a largest logit of about 12, where a bfloat16 head's steps are as wide as the codec's."""
     head = head_of(models / str(FULL) / NESTED)
-    assert mean_kl(answers(FLOAT32[0])["cached"], head) <= 5e-5
-    assert mean_kl(answers(BFLOAT16)["records"], head) > 5e-5
-    assert mean_kl(answers(BFLOAT16)["cached"], head) > 5e-5
+    float32, bfloat16 = answers(FLOAT32[0]), answers(BFLOAT16)
+    assert mean_kl(float32["cached"], head) <= 5e-5
+    assert mean_kl(bfloat16["records"], head) > 1e-5
+    assert mean_kl(bfloat16["cached"], head) > 1.5 * mean_kl(float32["cached"], head)
 
 
 @pytest.mark.parametrize("case", FLOAT32)
@@ -198,9 +199,9 @@ def test_a_plain_head_is_found(head: str, answers: Callable[[str], Any]):
     assert answers(QUANTISED)[head] in ("UnquantizedEmbeddingMethod", "UnquantizedLinearMethod")
 
 
-@pytest.mark.parametrize(("head", "words"), [("float8", "float8_e4m3fn"), ("gptq", "GPTQ")])
+@pytest.mark.parametrize(("head", "words"), [("float8", "float8_e4m3fn"), ("scaled", "CompressedTensors")])
 def test_a_quantised_head_has_no_gram(head: str, words: str, answers: Callable[[str], Any]):
-    """float8 is a floating type and no plain weight; a packed one is missing altogether."""
+    """Neither float8, which is a floating type, nor a weight that its method multiplies by scales."""
     said = answers(QUANTISED)[head]
     assert said.startswith("EngineError")
     assert words in said
