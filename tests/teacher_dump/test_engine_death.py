@@ -184,8 +184,8 @@ os.environ.update(dict(each.split("=") for each in sys.argv[1:]))
 from teacher_dump.start import import_vllm, set_environment
 import_vllm(any_version=True)
 import vllm.platforms
-from vllm.platforms.cuda import NonNvmlCudaPlatform
-vllm.platforms._current_platform = NonNvmlCudaPlatform()  # vLLM's own, without asking for a GPU
+from vllm.platforms.interface import UnspecifiedPlatform
+vllm.platforms._current_platform = UnspecifiedPlatform()  # no CPU; the CUDA one needs the CUDA build
 set_environment(inside=False, num_workers=1)
 from vllm.utils.system_utils import get_mp_context
 print("method:", get_mp_context().get_start_method())
