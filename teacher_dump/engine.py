@@ -8,7 +8,8 @@ With the prefix cache on, a sample that asks for no image of its own takes up th
 values from an earlier one; what it wants itself is computed, or asked for again without the cache.
 
 A wave is submitted whole and drained whole, so the batches that vLLM forms depend on the samples
-alone and a rerun gives the same bits (with the engine in this process; see `EngineSettings.inside`).
+alone and a rerun gives the same bits with the engine in this process on a CPU. Elsewhere batches depend
+on when samples arrive, and a rerun gives the same values up to rounding.
 
 The engine names each image by the hash of the very pixels it hands to vLLM, and the capture refuses
 a sample whose images are not the ones that its prompt was made from.
@@ -81,7 +82,7 @@ class EngineSettings:
     pipeline_parallel: int = 1
     """Groups of devices that layers are spread over."""
     inside: bool | None = None
-    """Run in this process (a rerun gives the same bits; dies with it); None: on a CPU with one worker."""
+    """Run in this process (on a CPU a rerun gives the same bits); None: on a CPU with one worker."""
     prefix_cache: bool = False
     """Whether later samples take up what earlier ones computed of a common prefix."""
     batch_invariant: bool = False

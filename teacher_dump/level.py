@@ -55,7 +55,7 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
     if config.batch_invariant and "cpu" in (vllm_build() or ""):
         raise ConfigError(
             "--batch-invariant is for GPUs, this vLLM computes on the CPU; leave it out: there, one worker "
-            "gives a stopped dump the same bits anyway"
+            "gives a resumed dump the same bits anyway"
         )
     padding = teacher.vocab_rows - teacher.vocab_size
     if config.teacher_answers and config.capture != "hooks" and padding + _MARKS > MAX_BIASED_IDS:

@@ -20,6 +20,14 @@ def alone(models: Path) -> tuple[int, str]:
     return said(lambda: main([*command(models, write_data(root / "ray-data", 96), root / "alone"), *PARTS]))
 
 
+def own_process(models: Path) -> tuple[int, str]:
+    """By two actors whose engines have processes of their own."""
+    root = work_of(models)
+    arguments = command(models, write_data(root / "ray-data", 96), root / "ray-own")
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    return said(lambda: main([*arguments, *PARTS, "--workers", "2", "--engine-process", "own"]))
+
+
 def lost_actor(models: Path) -> dict[str, Any]:
     """By two actors, one of which is killed in the middle of a part."""
     root = work_of(models)

@@ -16,12 +16,15 @@ from tests import tiny_families
 from tests.teacher_dump.dump_job import work_of
 from tests.teacher_dump.forked import run_cases
 from tests.teacher_dump.test_dump import assert_same
+from tests.teacher_dump.test_engine_death import check_same
 
 
 @pytest.fixture(scope="module")
 def answers(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     tiny_families.build("llava_siglip", tiny_dir)
-    return run_cases("ray_job", tiny_dir, tmp_path_factory.mktemp("ray"), ["alone", "lost_actor"])
+    return run_cases(
+        "ray_job", tiny_dir, tmp_path_factory.mktemp("ray"), ["alone", "lost_actor", "own_process"]
+    )
 
 
 @pytest.mark.slow
@@ -37,6 +40,14 @@ def test_a_lost_actor_loses_nothing(answers: Callable[[str], Any], tiny_dir: Pat
         assert list(found.sample_ids) == list(wanted.sample_ids)
         for name in wanted.sample_ids:
             assert_same(found.read_record(name), wanted.read_record(name))
+
+
+@pytest.mark.slow
+def test_an_engine_process_of_an_actor_captures_the_same(answers: Callable[[str], Any], tiny_dir: Path):
+    status, heard = answers("own_process")
+    assert status == 0, heard
+    work = work_of(tiny_dir)
+    check_same(work / "ray-own", work / "alone")
 
 
 def _bound(ready: Any, go: Any, found: Any) -> None:

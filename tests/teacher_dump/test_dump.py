@@ -17,7 +17,7 @@ from common.cache.verify import verify
 from common.record import Record, TopK, VisualRecord
 from student_train.cli import main as student_main
 from teacher_dump.cli import main
-from teacher_dump.engine import QUIET_LOGGERS
+from teacher_dump.start import QUIET_LOGGERS
 from tests import tiny_families
 from tests.teacher_dump.dump_job import (
     IMAGES_EVERY,

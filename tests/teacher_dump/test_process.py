@@ -55,7 +55,7 @@ def test_an_engine_process_captures_samples_together_to_rounding(answers: Callab
         rows += [(ours.images[index].rows, theirs.images[index].rows) for index in theirs.images]
         for mine, other in rows:
             np.testing.assert_allclose(mine.logsumexp, other.logsumexp, atol=4e-5)
-            np.testing.assert_allclose(mine.logits, other.logits, atol=4e-5)
+            np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=4e-5)
             assert (mine.token_ids == other.token_ids).mean() > 0.999
         for index in theirs.images:
             np.testing.assert_allclose(
