@@ -6,11 +6,15 @@ What is set here is part of the identity of a level: the fingerprints are taken 
 is after the options were applied, so teacher and student must be given the same ones.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.pixels import Pixels, apply_pixels, bounds_in
+from common.settings import validate_settings
 from schemas.base import Frozen
+from schemas.manifest import Manifest
 
 
 class ProcessorOptions(Frozen):
@@ -18,15 +22,38 @@ class ProcessorOptions(Frozen):
 
     chat_template: str | None = None
     """File with the chat template to use in place of the model's own (Jinja, as chat_template.jinja)."""
+    max_pixels: Pixels | None = None
+    """Scale larger images down to this area, such as 1003520 or 1.3MP. For Qwen-VL, where a position takes
+    28 × 28 or 32 × 32 pixels; such an image has to fit the dump's --max-len. Default: what the cache says,
+    else 1,280 positions or the model's own bound, whichever is less."""
+    min_pixels: Pixels | None = None
+    """Scale smaller images up to this area, for Qwen-VL. Default: what the cache or the model says."""
 
 
-def load_processor(path: str, *, revision: str | None = None, options: ProcessorOptions | None = None) -> Any:
+def read_options(arguments: argparse.Namespace) -> ProcessorOptions:
+    """Options from the flags of a command without a settings model; flags that it lacks are not set.
+
+    Raises:
+        ConfigError: A flag that cannot be.
+    """
+    values = {name: getattr(arguments, name, None) for name in ProcessorOptions.model_fields}
+    return validate_settings(ProcessorOptions, values, "cascache")
+
+
+def load_processor(
+    path: str,
+    *,
+    revision: str | None = None,
+    options: ProcessorOptions | None = None,
+    level: Manifest | None = None,
+) -> Any:
     """The transformers processor of a model directory or hub id, with the options applied.
 
     Args:
         path: Directory or hub id.
         revision: Revision of a hub model.
         options: What the user set; a command's settings are such options.
+        level: The level that it has to fit, whose image bounds hold where the user set none.
 
     Raises:
         ConfigError: There is no processor, no chat template, or no fast tokenizer; an option is wrong.
@@ -42,14 +69,21 @@ def load_processor(path: str, *, revision: str | None = None, options: Processor
             f"{path} holds no processor that transformers can load ({error}); point at a vision-language "
             "model directory with tokenizer, chat template and preprocessor_config.json"
         ) from error
-    if options is not None:
-        apply_options(processor, options)
+    options = options or ProcessorOptions()
+    apply_options(processor, options)
     check_processor(processor, path)
+    apply_pixels(
+        processor,
+        least=options.min_pixels,
+        most=options.max_pixels,
+        level=None if level is None else bounds_in(level.image_settings),
+        default=level is None,
+    )
     return processor
 
 
 def apply_options(processor: Any, options: ProcessorOptions) -> None:
-    """Set a processor as the options want it, in place.
+    """Set a processor's chat template as the options want it, in place.
 
     Raises:
         ConfigError: A file is not there, or is not text.

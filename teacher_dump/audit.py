@@ -170,7 +170,7 @@ def _open_data(config: AuditConfig, manifest: Manifest) -> SampleSource:
 
 def _open_teacher(config: AuditConfig, manifest: Manifest) -> tuple[Reference, torch.Tensor | None]:
     ref = resolve_model(config.model or manifest.teacher.model)
-    teacher = find_teacher(ref, dtype="float32", with_weights=True, options=config)
+    teacher = find_teacher(ref, dtype="float32", with_weights=True, options=config, level=manifest)
     found, wanted = weights_sha256(teacher.path), manifest.teacher.weights_sha256
     if found != wanted:
         raise MismatchError(

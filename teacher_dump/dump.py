@@ -16,6 +16,7 @@ from tqdm import tqdm
 from common.cache.writer import CacheWriter, read_seal
 from common.data.source import SampleSource
 from common.models import resolve_model
+from common.pixels import pixels_note
 from schemas.manifest import PartSeal
 from teacher_dump.asking import open_data
 from teacher_dump.config import DumpConfig
@@ -63,6 +64,8 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
         options=config,
     )
     check_settings(config, teacher, source)
+    if note := pixels_note(teacher.processor):
+        say(note)
     plan = plan_dump(config, source)
     preparer = Preparer(
         source, teacher.processor, max_len=longest(config, teacher), asks=config.teacher_answers

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from common.chat import Prompt
 from common.errors import ConfigError, EngineError, EngineStopped
+from common.pixels import PixelBounds
 from teacher_dump.request import (
     EXTRA_ARG,
     ROWS_MISSING,
@@ -60,7 +61,7 @@ _OWNED_ARGUMENTS = {
     "seed": "--seed",
     "enable_prefix_caching": "--prefix-cache",
     "worker_extension_cls": None,
-    "mm_processor_kwargs": None,
+    "mm_processor_kwargs": "--max-pixels and --min-pixels",
 }
 """vLLM arguments that the dump sets itself, and the flag that says the same."""
 
@@ -136,6 +137,8 @@ class EngineSettings:
     """Keep rows through private attributes of vLLM; else see `teacher_dump.public`."""
     vocab_rows: int = 0
     """Rows of the head, padding included; wanted without hooks."""
+    pixels: PixelBounds | None = None
+    """Area that images are scaled into, as the driver's processor does; None: as the model's own does."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further vLLM engine arguments."""
 
@@ -386,6 +389,8 @@ class Engine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             "worker_extension_cls": _EXTENSION,
+            # With the engine, not with requests: there they would rename the images.
+            **({"mm_processor_kwargs": {"size": settings.pixels.size}} if settings.pixels else {}),
             **settings.arguments,
         }
 
