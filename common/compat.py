@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from common.errors import MismatchError
-from common.fingerprint import fingerprints, first_image_fingerprint
+from common.fingerprint import fingerprints, first_image_fingerprint, image_processor_fingerprint
 from common.image_settings import image_settings
 from common.pixels import bounds_in
 from common.vocab import Vocabulary, shared_rows
@@ -166,6 +166,18 @@ def _compare_heads(manifest: Manifest, vocab_rows: int) -> FieldFit:
         f"the {manifest.vocab_size} real rows are used on both sides"
     )
     return FieldFit("head", "fits with a note", cache, student, note)
+
+
+def require_images(cache: str, manifest: Manifest, processor: Any) -> None:
+    """Refuse a processor that would show a model other images than the cache's teacher saw.
+
+    Raises:
+        MismatchError: Names the settings that differ and what to do about them.
+    """
+    theirs = image_processor_fingerprint(processor)
+    fit = _compare_images(manifest, theirs, processor, own_grid=False)
+    if fit.verdict == "does not fit":
+        raise MismatchError(f"images of {cache} (teacher {manifest.teacher.model}): {fit.note}")
 
 
 def require_fit(

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from common.cache.reader import CacheReader
+from common.compat import require_images
 from common.data.open import open_source
 from common.data.source import SampleSource
 from common.errors import ConfigError, MismatchError, PartMissing
@@ -177,6 +178,7 @@ def _open_teacher(config: AuditConfig, manifest: Manifest) -> tuple[Reference, t
             f"{teacher.path} has weights {found[:12]}, {config.cache} was dumped from {wanted[:12]}; "
             "name that teacher with --model"
         )
+    require_images(config.cache, manifest, teacher.processor)
     reference = Reference(teacher.path, teacher.processor, vocab_size=manifest.vocab_size)
     return reference, reference.gram() if manifest.relation.of == "logits" else None
 

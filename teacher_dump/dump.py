@@ -36,6 +36,7 @@ from teacher_dump.prompts import Preparer, prepare_ahead
 from teacher_dump.public import choose_engine
 from teacher_dump.quarantine import QuarantineLog
 from teacher_dump.records import PartCapture
+from teacher_dump.same_images import check_sealed_images
 from teacher_dump.teacher import Teacher, find_teacher
 from teacher_dump.trial import run_trial
 
@@ -86,6 +87,8 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
         config, len(plan.order), [read_seal(writer.store, part) for part in sorted(sealed)]
     )
     if todo:
+        if sealed:
+            check_sealed_images(config.out, source)
         check_disk(config, describe(config, teacher, plan, todo, preparer, source))
         if config.workers > 1 or config.ray is not None:
             run_workers(config, writer, todo, teacher, quarantine)
