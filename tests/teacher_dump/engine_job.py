@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import CascacheError
-from common.processor import load_processor
+from common.pixels import set_bounds
+from common.processor import ProcessorOptions, load_processor
 from schemas.manifest import Capture
 from teacher_dump.engine import Engine, EngineSettings
 from teacher_dump.public import choose_engine
@@ -41,6 +42,17 @@ def capture(models: Path, family: str, batched: str) -> dict[str, Any]:
     ) as engine:
         found = engine.run([submission(each) for each in items])
         return {"captured": found, "oracle": _prompt_logprobs(engine, items[0]), "runner": engine.runner}
+
+
+BOUNDS = ProcessorOptions(min_pixels=4500, max_pixels=5500)
+"""Some of the pictures have a larger area, some a smaller one."""
+
+
+def bounded(models: Path, family: str) -> list[Captured]:
+    """Every sample captured with its images scaled into BOUNDS, by the driver and by the engine."""
+    processor = load_processor(str(models / family), options=BOUNDS)
+    with Engine(settings(models / family, pixels=set_bounds(processor))) as engine:
+        return engine.run([submission(prepare(processor, each)) for each in samples()])
 
 
 def _prompt_logprobs(engine: Engine, item: Any) -> list[dict[int, float]]:
