@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
+from common.cache.terminal import plain
 from common.errors import MismatchError
 from common.fingerprint import fingerprints, first_image_fingerprint, image_processor_fingerprint
 from common.image_settings import image_settings
@@ -32,6 +33,7 @@ _CURES: Final = {
 }
 _SHOWN: Final = 12
 _SHOWN_SETTINGS: Final = 4
+_SHOWN_CHARACTERS: Final = 40
 _BOUNDS: Final = frozenset({"image_processor.size.shortest_edge", "image_processor.size.longest_edge"})
 _FIRST_DAYS: Final = (
     "the cache names no image settings: its fingerprint covers size, crop, mean and patches, not the number "
@@ -115,7 +117,8 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
     """The first settings that differ, and what to do about them; empty where none does."""
     leaves = list(_leaves(ours, theirs))
     lines = [
-        f"{name.removeprefix('image_processor.')} is {_short(found)} in the cache, {_short(wanted)} here"
+        f"{_short(name.removeprefix('image_processor.'))} is {_short(found)} in the cache, "
+        f"{_short(wanted)} here"
         for name, found, wanted in leaves
     ]
     names = {name for name, _, _ in leaves}
@@ -143,8 +146,9 @@ def _leaves(
 
 
 def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:36]} ..."
+    """A value in few characters; a cache may say anything."""
+    text = "absent" if value is None else plain(str(value)[:_SHOWN_CHARACTERS])
+    return text if len(text) < _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 4]} ..."
 
 
 def _compare_vocabulary(manifest: Manifest, vocab_rows: int) -> FieldFit:

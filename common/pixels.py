@@ -47,7 +47,11 @@ def parse_pixels(text: object) -> object:
     return int(re.sub("[_,]", "", whole)) if whole else round(float(mega) * 1e6)
 
 
+MOST_UPSCALED: Final = 1 << 24
+"""Largest area that small images are scaled up to: a cache must not make its readers fill their memory."""
+
 Pixels = Annotated[int, Field(ge=1, le=1 << 40), BeforeValidator(parse_pixels)]
+LeastPixels = Annotated[int, Field(ge=1, le=MOST_UPSCALED), BeforeValidator(parse_pixels)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ def bounds_in(image_settings: Mapping[str, Any]) -> PixelBounds | None:
     if not isinstance(size, Mapping):
         return None
     least, most = size.get("shortest_edge"), size.get("longest_edge")
-    if not (isinstance(least, int) and isinstance(most, int) and 1 <= least <= most):
+    if not (isinstance(least, int) and isinstance(most, int) and 1 <= least <= min(most, MOST_UPSCALED)):
         return None
     return PixelBounds(least, most)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from common.pixels import Pixels, apply_pixels, bounds_in
+from common.pixels import LeastPixels, Pixels, apply_pixels, bounds_in
 from common.settings import validate_settings
 from schemas.base import Frozen
 from schemas.manifest import Manifest
@@ -26,7 +26,7 @@ class ProcessorOptions(Frozen):
     """Scale larger images down to this area, such as 1003520 or 1.3MP. For Qwen-VL, where a position takes
     28 × 28 or 32 × 32 pixels; such an image has to fit the dump's --max-len. Default: what the cache says,
     else 1,280 positions or the model's own bound, whichever is less."""
-    min_pixels: Pixels | None = None
+    min_pixels: LeastPixels | None = None
     """Scale smaller images up to this area, for Qwen-VL. Default: what the cache or the model says."""
 
 

@@ -230,6 +230,27 @@ def test_differing_settings_are_named_with_both_values():
     assert fit_of(level, processor, own_grid=True).verdict == "fits with a note"
 
 
+def test_what_a_hostile_cache_says_does_not_reach_the_terminal():
+    processor = hub_settings.make_processor("internvl")
+    level = level_of(processor)
+    marks = level.fingerprints.model_copy(update={"image_processor": "0" * 64})
+    said = {**level.image_settings, "a\x1b[2Jb" * 99: "c\x07d" * 99}
+    note = fit_of(level.model_copy(update={"fingerprints": marks, "image_settings": said}), processor).note
+    assert note.isprintable()
+    assert len(note) < 300
+
+
+def test_the_fingerprint_is_the_hash_of_what_the_manifest_lists():
+    import hashlib
+    import json
+
+    for family in hub_settings.FAMILIES:
+        level = level_of(hub_settings.make_processor(family))
+        listed = json.loads(level.model_dump_json())["image_settings"]
+        text = json.dumps(listed, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        assert hashlib.sha256(text.encode()).hexdigest() == level.fingerprints.image_processor
+
+
 def test_another_back_end_is_named():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 

@@ -223,6 +223,7 @@ def test_a_level_that_names_no_bounds_leaves_the_models_own(tmp_path: Path):
         {"shortest_edge": "4", "longest_edge": 9},
         {"shortest_edge": 9, "longest_edge": 4},
         {"shortest_edge": -9, "longest_edge": 4},
+        {"shortest_edge": 1 << 40, "longest_edge": 1 << 41},
     ],
 )
 def test_bounds_that_make_no_sense_in_a_manifest_are_none(size: object):
