@@ -68,6 +68,15 @@ class PixelBounds:
         """As image processors call them."""
         return {"shortest_edge": self.least, "longest_edge": self.most}
 
+    @property
+    def engine_arguments(self) -> dict[str, Any]:
+        """As vLLM takes them for its own processor.
+
+        By both names: `min_pixels` and `max_pixels` in a checkpoint's own settings would win over a size, and
+        vLLM, whose cached processor is found by that size, would then load another for every request.
+        """
+        return {"size": self.size, "min_pixels": self.least, "max_pixels": self.most}
+
 
 def read_bounds(processor: Any) -> PixelBounds | None:
     """The bounds a processor has; None for a family without any."""

@@ -390,7 +390,7 @@ class Engine:
             "use_tqdm_on_load": False,
             "worker_extension_cls": _EXTENSION,
             # With the engine, not with requests: there they would rename the images.
-            **({"mm_processor_kwargs": {"size": settings.pixels.size}} if settings.pixels else {}),
+            **({"mm_processor_kwargs": settings.pixels.engine_arguments} if settings.pixels else {}),
             **settings.arguments,
         }
 
@@ -442,6 +442,7 @@ def _to_answer(question: Question, output: Any) -> Answer:
 def _import_vllm(*, any_version: bool) -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", "Passing `min_pixels` and `max_pixels`", FutureWarning)
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
