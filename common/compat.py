@@ -8,14 +8,19 @@ image processor  pixels and the number and grid of image tokens follow from it
 vocabulary       equal in its real rows
 head             padding rows may differ and are left out
 
-Fingerprints are taken from behaviour: the same tokenizer under another name fits.
+Fingerprints are taken from behaviour: the same tokenizer under another name fits. Caches of the first days
+name no image settings; they fit where the settings that their fingerprint covers do, with a note.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
+from common.cache.terminal import plain
 from common.errors import MismatchError
-from common.fingerprint import fingerprints
+from common.fingerprint import fingerprints, first_image_fingerprint, image_processor_fingerprint
+from common.image_settings import image_settings
+from common.pixels import bounds_in
 from common.template_fingerprint import former_chat_template_fingerprint
 from common.vocab import Vocabulary, shared_rows
 from schemas.manifest import Manifest
@@ -30,6 +35,13 @@ _CURES: Final = {
     "the student's own positions (--image-grid own)",
 }
 _SHOWN: Final = 12
+_SHOWN_SETTINGS: Final = 4
+_SHOWN_CHARACTERS: Final = 40
+_BOUNDS: Final = frozenset({"image_processor.size.shortest_edge", "image_processor.size.longest_edge"})
+_FIRST_DAYS: Final = (
+    "the cache names no image settings: its fingerprint covers size, crop, mean and patches, not the number "
+    "of tiles nor what resizes; the positions of each image are compared as it is read"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +91,69 @@ def check_fit(manifest: Manifest, processor: Any, *, vocab_rows: int, own_grid: 
     if manifest.fingerprints.chat_template == former_chat_template_fingerprint(processor):
         found = found.model_copy(update={"chat_template": manifest.fingerprints.chat_template})
     fields = [
-        _compare(field, getattr(manifest.fingerprints, field), getattr(found, field), own_grid=own_grid)
-        for field in _CURES
+        _compare(field, getattr(manifest.fingerprints, field), getattr(found, field))
+        for field in ("tokenizer", "chat_template")
     ]
+    fields.append(_compare_images(manifest, found.image_processor, processor, own_grid=own_grid))
     return Fit((*fields, _compare_vocabulary(manifest, vocab_rows), _compare_heads(manifest, vocab_rows)))
 
 
-def _compare(field: str, ours: str, theirs: str, *, own_grid: bool) -> FieldFit:
+def _compare(field: str, ours: str, theirs: str) -> FieldFit:
     name, cache, student = field.replace("_", " "), ours[:_SHOWN], theirs[:_SHOWN]
     if ours == theirs:
         return FieldFit(name, "fits", cache, student)
     note = f"{name} differs: cache {cache}, student {student}; {_CURES[field]}"
-    harmless = own_grid and field == "image_processor"
-    return FieldFit(name, "fits with a note" if harmless else "does not fit", cache, student, note)
+    return FieldFit(name, "does not fit", cache, student, note)
+
+
+def _compare_images(manifest: Manifest, theirs: str, processor: Any, *, own_grid: bool) -> FieldFit:
+    fit = _compare("image_processor", manifest.fingerprints.image_processor, theirs)
+    if fit.verdict == "fits":
+        return fit
+    ours = manifest.fingerprints.image_processor
+    if not manifest.image_settings and ours == first_image_fingerprint(processor):
+        return replace(fit, verdict="fits with a note", note=_FIRST_DAYS)
+    why = _differences(manifest.image_settings, image_settings(processor)) if manifest.image_settings else ""
+    note = f"image processor differs: {why}" if why else fit.note
+    return replace(fit, verdict="fits with a note" if own_grid else "does not fit", note=note)
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The first settings that differ, and what to do about them; empty where none does."""
+    leaves = list(_leaves(ours, theirs))
+    lines = [
+        f"{_short(name.removeprefix('image_processor.'))} is {_short(found)} in the cache, "
+        f"{_short(wanted)} here"
+        for name, found, wanted in leaves
+    ]
+    names = {name for name, _, _ in leaves}
+    shown = "; ".join(lines[:_SHOWN_SETTINGS]) + (" and more" if len(lines) > _SHOWN_SETTINGS else "")
+    bounds = bounds_in(ours)
+    if bounds and bounds_in(theirs) and names <= _BOUNDS:
+        cure = f"give --max-pixels {bounds.most} --min-pixels {bounds.least}, or leave both out"
+    elif names == {"back_end"}:
+        cure = "the two resize differently; install torchvision where it is missing"
+    else:
+        cure = _CURES["image_processor"]
+    return f"{shown}; {cure}" if shown else ""
+
+
+def _leaves(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Path and both values of every setting that differs."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        found, wanted = ours.get(name), theirs.get(name)
+        if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+            yield from _leaves(found, wanted, f"{prefix}{name}.")
+        elif found != wanted:
+            yield f"{prefix}{name}", found, wanted
+
+
+def _short(value: Any) -> str:
+    """A value in few characters; a cache may say anything."""
+    text = "absent" if value is None else plain(str(value)[:_SHOWN_CHARACTERS])
+    return text if len(text) < _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 4]} ..."
 
 
 def _compare_vocabulary(manifest: Manifest, vocab_rows: int) -> FieldFit:
@@ -113,6 +175,18 @@ def _compare_heads(manifest: Manifest, vocab_rows: int) -> FieldFit:
         f"the {manifest.vocab_size} real rows are used on both sides"
     )
     return FieldFit("head", "fits with a note", cache, student, note)
+
+
+def require_images(cache: str, manifest: Manifest, processor: Any) -> None:
+    """Refuse a processor that would show a model other images than the cache's teacher saw.
+
+    Raises:
+        MismatchError: Names the settings that differ and what to do about them.
+    """
+    theirs = image_processor_fingerprint(processor)
+    fit = _compare_images(manifest, theirs, processor, own_grid=False)
+    if fit.verdict == "does not fit":
+        raise MismatchError(f"images of {cache} (teacher {manifest.teacher.model}): {fit.note}")
 
 
 def require_fit(

@@ -2,7 +2,7 @@
 
     tokenizer        id of every token + ids of a probe text + the special tokens
     chat template    the template rendered on probe conversations, see `common.template_fingerprint`
-    image processor  the settings that change pixels or the number of image tokens
+    image processor  every setting but a few that cannot change pixels or positions, and the back end
     weights          every weight file's bytes
 
 So the same tokenizer under another name, or saved by another library version, fits; another
@@ -11,11 +11,11 @@ vocabulary, template or image size does not.
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.image_settings import first_image_settings, image_settings
 from common.template_fingerprint import chat_template_fingerprint
 from common.weights_digest import weights_sha256 as weights_sha256  # one of the fingerprints
 from schemas.manifest import Fingerprints
@@ -23,38 +23,6 @@ from schemas.manifest import Fingerprints
 _PROBE_TEXT = (
     "The quick brown fox: 3.14159 + 42 = ?\n\tÄpfel, naïve — “quoted” … 你好，世界 123 日本語 🙂\n"
     "  two  spaces   and\r\nCRLF; don't, I'LL; <b>html</b> x_y-z @user #tag https://a.b/c?d=e"
-)
-
-_PIXEL_SETTINGS = (
-    "crop_size",
-    "do_center_crop",
-    "do_convert_rgb",
-    "do_normalize",
-    "do_pad",
-    "do_rescale",
-    "do_resize",
-    "image_grid_pinpoints",
-    "image_mean",
-    "image_std",
-    "max_pixels",
-    "merge_size",
-    "min_pixels",
-    "pad_size",
-    "patch_size",
-    "resample",
-    "rescale_factor",
-    "size",
-    "spatial_merge_size",
-    "temporal_patch_size",
-)
-
-_TOKEN_COUNT_SETTINGS = (
-    "image_token",
-    "num_additional_image_tokens",
-    "num_image_tokens",
-    "patch_size",
-    "vision_aspect_ratio",
-    "vision_feature_select_strategy",
 )
 
 _NAMES_IN_CONFIG = frozenset({"_name_or_path", "transformers_version"})
@@ -83,11 +51,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def image_processor_fingerprint(processor: Any) -> str:
-    """Hash the settings that change pixels or the number of image tokens, and nothing else."""
-    images = processor.image_processor.to_dict()
-    settings = {name: images[name] for name in _PIXEL_SETTINGS if images.get(name) is not None}
-    counts = {name: getattr(processor, name, None) for name in _TOKEN_COUNT_SETTINGS}
-    return _hash_json([_plain(settings), _plain({k: v for k, v in counts.items() if v is not None})])
+    """Hash every setting that may change pixels or the number of image positions."""
+    return _hash_json(image_settings(processor))
+
+
+def first_image_fingerprint(processor: Any) -> str:
+    """What `image_processor_fingerprint` was for manifests without `image_settings`."""
+    return _hash_json(first_image_settings(processor))
 
 
 def config_sha256(directory: Path) -> str:
@@ -101,19 +71,6 @@ def config_sha256(directory: Path) -> str:
         raise ConfigError(f"{directory} has no config.json; is it a model directory?")
     settings = json.loads(file.read_text(encoding="utf-8"))
     return _hash_json({name: value for name, value in settings.items() if name not in _NAMES_IN_CONFIG})
-
-
-def _plain(value: Any) -> Any:
-    """Reduce a settings object to JSON types, so that classes and enums of a library do not matter."""
-    if isinstance(value, Mapping) or hasattr(value, "items"):
-        return {str(key): _plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool | str) or value is None:
-        return value
-    if isinstance(value, int | float):
-        return round(float(value), 8)
-    return str(value)
 
 
 def _hash_json(value: Any) -> str:

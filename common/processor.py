@@ -6,13 +6,17 @@ What is set here is part of the identity of a level: the fingerprints are taken 
 is after the options were applied, so teacher and student must be given the same ones.
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.pixels import LeastPixels, Pixels, apply_pixels, bounds_in
 from common.render import check_template
+from common.settings import validate_settings
 from schemas.base import Frozen
+from schemas.manifest import Manifest
 
 _COUNTED_WITH: dict[str, dict[str, Any]] = {
     "LlavaProcessor": {
@@ -30,15 +34,38 @@ class ProcessorOptions(Frozen):
 
     chat_template: str | None = None
     """File with the chat template to use in place of the model's own: chat_template.jinja or .json."""
+    max_pixels: Pixels | None = None
+    """Scale larger images down to this area, such as 1003520 or 1.3MP. For Qwen-VL, where a position takes
+    28 × 28 or 32 × 32 pixels; such an image has to fit the dump's --max-len. Default: what the cache says,
+    else 1,280 positions or the model's own bound, whichever is less."""
+    min_pixels: LeastPixels | None = None
+    """Scale smaller images up to this area, for Qwen-VL. Default: what the cache or the model says."""
 
 
-def load_processor(path: str, *, revision: str | None = None, options: ProcessorOptions | None = None) -> Any:
+def read_options(arguments: argparse.Namespace) -> ProcessorOptions:
+    """Options from the flags of a command without a settings model; flags that it lacks are not set.
+
+    Raises:
+        ConfigError: A flag that cannot be.
+    """
+    values = {name: getattr(arguments, name, None) for name in ProcessorOptions.model_fields}
+    return validate_settings(ProcessorOptions, values, "cascache")
+
+
+def load_processor(
+    path: str,
+    *,
+    revision: str | None = None,
+    options: ProcessorOptions | None = None,
+    level: Manifest | None = None,
+) -> Any:
     """The transformers processor of a model directory or hub id, with the options applied.
 
     Args:
         path: Directory or hub id.
         revision: Revision of a hub model.
         options: What the user set; a command's settings are such options.
+        level: The level that it has to fit, whose image bounds hold where the user set none.
 
     Raises:
         ConfigError: There is no processor, no chat template, or no fast tokenizer; an option is wrong; the
@@ -60,16 +87,23 @@ def load_processor(path: str, *, revision: str | None = None, options: Processor
             f"{path} holds no processor that transformers can load ({error}); point at a vision-language "
             "model directory with tokenizer, chat template and preprocessor_config.json"
         ) from error
-    if options is not None:
-        apply_options(processor, options)
+    options = options or ProcessorOptions()
+    apply_options(processor, options)
     check_processor(processor, path)
-    given = None if options is None else options.chat_template
+    given = options.chat_template
     check_template(processor, path if given is None else f"--chat-template {given}")
+    apply_pixels(
+        processor,
+        least=options.min_pixels,
+        most=options.max_pixels,
+        level=None if level is None else bounds_in(level.image_settings),
+        default=level is None,
+    )
     return processor
 
 
 def apply_options(processor: Any, options: ProcessorOptions) -> None:
-    """Set a processor as the options want it, in place.
+    """Set a processor's chat template as the options want it, in place.
 
     Raises:
         ConfigError: A file is not there, or is not text.

@@ -60,7 +60,7 @@ def load_settings(
     flags = _values(model, source, arguments)
     table = read_table(arguments.config, section or prog)
     _refuse_unknown(model, table, arguments.config or DEFAULT_FILE, section or prog)
-    return _validate(model, {**table, **flags}, prog)
+    return validate_settings(model, {**table, **flags}, prog)
 
 
 def read_table(path: str | None, section: str) -> dict[str, Any]:
@@ -148,7 +148,12 @@ def _refuse_unknown(model: type[BaseModel], table: Mapping[str, Any], file: str,
             raise ConfigError(f"{file} [{section}] has an unknown setting {key!r}; {hint}")
 
 
-def _validate(model: type[Model], values: Mapping[str, Any], prog: str) -> Model:
+def validate_settings(model: type[Model], values: Mapping[str, Any], prog: str) -> Model:
+    """Settings from values by name.
+
+    Raises:
+        ConfigError: Names every flag that cannot be, what was found and why not.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -11,7 +11,7 @@ Two manifests with equal `identity` fields may share a cache; `LOCATION_FIELDS` 
 
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from schemas.base import Frozen
 
@@ -58,7 +58,7 @@ class Fingerprints(Frozen):
     chat_template: str
     """The rendered template on a probe conversation."""
     image_processor: str
-    """Settings that change pixels or the number of image tokens."""
+    """Settings that may change pixels or the number of image tokens: the hash of `image_settings`."""
 
 
 class SampleSet(Frozen):
@@ -185,6 +185,9 @@ class Manifest(Frozen):
     """Whether token ids outside images were taken out: they have to be told again from the data."""
     derived_from: Derived | None = None
     """The fuller cache this one was taken from, if it is not a dump of its own."""
+    image_settings: dict[str, JsonValue] = {}
+    """Every setting of the image processor that its fingerprint covers; empty in caches of the first days,
+    whose fingerprint covered some of them."""
     tools: dict[str, str] = {}
     """Versions of cascache, vllm, torch, transformers, zarr that wrote it."""
 

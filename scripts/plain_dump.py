@@ -18,6 +18,7 @@ from common.cache.writer import CacheWriter
 from common.chat import ImageInput, ImageSpan, Prompt, to_prompt
 from common.data.source import SampleSource
 from common.fingerprint import fingerprints, weights_sha256
+from common.image_settings import image_settings
 from common.images import decode_image, image_bytes
 from common.processor import load_processor
 from common.record import Record, TopK, VisualRecord
@@ -83,6 +84,7 @@ def dump_plain(
         encoding=Encoding(logits="float32"),
         part_samples=part_samples,
         with_images=with_images,
+        image_settings=image_settings(processor),
     )
     gram = head_gram(teacher.head_weight.detach()[: manifest.vocab_size])
     with CacheWriter.open(str(out), manifest, block_rows=block_rows) as writer:

@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.processor import load_processor
 from student_train.card import model_card
 from student_train.checkpoint import put_weights
 from student_train.evaluate import Team, answer
 from student_train.metrics import write_json
 from student_train.model import Student, save_student
-from student_train.plan import Plan
+from student_train.plan import Plan, load_own_processor
 
 
 class BestKeeper:
@@ -41,9 +40,7 @@ class BestKeeper:
         if self._former.exists() and not directory.exists():
             self._former.replace(directory)
         # Not the stream's: its threads use that one at the same time.
-        self._processor = load_processor(
-            plan.student.path_or_id, revision=plan.student.revision, options=plan.config
-        )
+        self._processor = load_own_processor(plan.student, plan.config, plan.levels)
 
     @property
     def best(self) -> dict[str, Any] | None:

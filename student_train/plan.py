@@ -21,6 +21,7 @@ from common.data.source import SampleSource
 from common.errors import ConfigError, MismatchError, PartMissing, quote
 from common.fingerprint import weights_sha256
 from common.models import ModelRef, family_of_teacher, resolve_model, smallest_of_family
+from common.pixels import pixels_note
 from common.processor import load_processor
 from schemas.manifest import Manifest
 from student_train.collate import Wanted
@@ -184,7 +185,7 @@ def make_plan(config: TrainConfig) -> Plan:
     if student.revision is None:
         check_checkpoint(Path(student.path_or_id))
     shape = read_shape(student.path_or_id, revision=student.revision)
-    processor = load_processor(student.path_or_id, revision=student.revision, options=config)
+    processor = load_own_processor(student, config, levels)
     notes = [
         f"{level.path}: {note}"
         for level in levels
@@ -209,8 +210,19 @@ def make_plan(config: TrainConfig) -> Plan:
     names = "-".join(Path(level.path).resolve().name for level in levels)
     out = Path(config.out) if config.out else Path("runs") / f"{Path(student.name).name}-{names}"
     stages = plan_stages(config, levels, recipe)
+    notes += [note] if (note := pixels_note(processor)) else []
     notes += stage_notes(stages, lifted=config.recipe is None or config.recipe in PRESETS)
     return Plan(config, student, shape, processor, levels, stages, out, held_out, tuple(notes))
+
+
+def load_own_processor(student: ModelRef, config: TrainConfig, levels: Sequence[Level]) -> Any:
+    """The student's processor: image bounds that no flag sets are those of the first level.
+
+    Raises:
+        ConfigError: It has none that can be used.
+    """
+    level = levels[0].manifest if config.image_grid == "teacher" else None
+    return load_processor(student.path_or_id, revision=student.revision, options=config, level=level)
 
 
 def require_pinned(config: TrainConfig) -> None:

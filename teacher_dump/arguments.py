@@ -38,7 +38,7 @@ _OWNED_ARGUMENTS = {
     "seed": "--seed",
     "enable_prefix_caching": "--prefix-cache",
     "worker_extension_cls": None,
-    "mm_processor_kwargs": None,
+    "mm_processor_kwargs": "--max-pixels and --min-pixels",
     "logprobs_mode": None,
 }
 """vLLM arguments that the dump sets itself, and the flag that says the same."""

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from common.cache.reader import CacheReader
+from common.compat import require_images
 from common.data.open import open_source, recorded_path
 from common.data.source import SampleSource
 from common.errors import ConfigError, MismatchError, PartMissing, quote
@@ -222,7 +223,7 @@ def _open_teacher(
 ) -> tuple[Reference, torch.Tensor | None, str]:
     """The teacher, its head's gram where relations are of logits, and how it computes in words."""
     ref = resolve_model(config.model or manifest.teacher.model)
-    teacher = find_teacher(ref, dtype=dtype, with_weights=True, options=config)
+    teacher = find_teacher(ref, dtype=dtype, with_weights=True, options=config, level=manifest)
     needed = needed_bytes(
         teacher.path,
         dtype=dtype,
@@ -237,6 +238,7 @@ def _open_teacher(
             f"{teacher.path} has weights {found[:12]}, {config.cache} was dumped from {wanted[:12]}; "
             "name that teacher with --model"
         )
+    require_images(config.cache, manifest, teacher.processor)
     head = manifest.teacher.head_dtype or manifest.teacher.dtype
     reference = Reference(
         teacher.path,

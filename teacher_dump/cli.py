@@ -114,9 +114,19 @@ def _sentence(result: dict[str, Any]) -> str:
         f"  size about {result['size_bytes'] / 1e6:,.1f} MB{room}, time {time}",
         f"  {_bad_samples(result['bad_samples'])}",
     ]
+    if result["image_positions"]:
+        lines.insert(2, f"  {_image_positions(result['image_positions'], result['max_len'])}")
     if "trial" in result:
         lines += [f"  {_trial(result['trial'])}"]
     return "\n".join(lines)
+
+
+def _image_positions(found: dict[str, Any], max_len: int) -> str:
+    over = f", more than --max-len {max_len:,} holds" if found["largest"] >= max_len else ""
+    return (
+        f"positions per image: {found['mean']:,.0f} on average, {found['largest']:,} at most{over} "
+        f"(from the sizes of {found['images']:,} images)"
+    )
 
 
 def _bad_samples(found: dict[str, Any]) -> str:

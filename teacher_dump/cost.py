@@ -1,7 +1,7 @@
 """What a dump will cost, from a few prepared samples: bytes, time, and whether the disk holds it."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from common.data.source import SampleSource
 from common.errors import CacheError, DataError
 from schemas.manifest import Quarantined
 from teacher_dump.config import DumpConfig
+from teacher_dump.image_sizes import ImageSizes, measure_sizes
+from teacher_dump.level import longest
 from teacher_dump.plan import Part, Plan
 from teacher_dump.prompts import Prepared, Preparer
 from teacher_dump.teacher import Teacher
@@ -29,7 +31,9 @@ class Measure:
     response_rows: float
     """Response rows a sample."""
     image_positions: float
-    """Positions an image; 0 when no sample has one."""
+    """Positions per image; 0 when no sample has one."""
+    images: float = 0.0
+    """Images per sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +102,15 @@ def describe(
 ) -> dict[str, Any]:
     """The plan and its estimate, as JSON types."""
     indices = np.concatenate([part.samples for part in todo])
+    answer = config.max_new_tokens if config.teacher_answers else 0
+    averages, sizes = measure(preparer, indices, longest_answer=answer), None
+    if averages.images:
+        sizes = measure_sizes(teacher.processor, source, indices)
+        averages = averages if sizes is None else with_sizes(averages, sizes)
     keys = np.asarray(source.image_keys())[indices]
     measured = estimate(
         config,
-        measure(preparer, indices, longest_answer=config.max_new_tokens if config.teacher_answers else 0),
+        averages,
         samples=len(indices),
         images=len(np.unique(keys[keys != 0])),
         hidden_size=teacher.hidden_size,
@@ -115,6 +124,8 @@ def describe(
         "parts": len(todo),
         "part_samples": plan.part_samples,
         **_rounded(measured),
+        "image_positions": None if sizes is None else {**asdict(sizes), "mean": round(sizes.mean, 1)},
+        "max_len": longest(config, teacher),
         "disk_free_bytes": _free_bytes(config.out),
     }
 
@@ -147,7 +158,15 @@ def measure(preparer: Preparer, indices: NDArray[np.int64], *, longest_answer: i
         positions=float(np.mean([len(prompt.token_ids) for prompt in usable])) + longest_answer,
         response_rows=sum(responses) / len(usable) + longest_answer,
         image_positions=float(np.mean(images)) if images else 0.0,
+        images=len(images) / len(usable),
     )
+
+
+def with_sizes(averages: Measure, sizes: ImageSizes) -> Measure:
+    """The same averages with images counted from many headers instead of a few prepared samples."""
+    text = averages.positions - averages.images * averages.image_positions
+    positions = text + sizes.per_sample * sizes.mean
+    return replace(averages, positions=positions, image_positions=sizes.mean, images=sizes.per_sample)
 
 
 def check_disk(config: DumpConfig, described: dict[str, Any]) -> None:

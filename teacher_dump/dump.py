@@ -19,6 +19,7 @@ from common.cache.writer import CacheWriter, read_seal
 from common.data.source import SampleSource
 from common.extras import need_module
 from common.models import resolve_model
+from common.pixels import pixels_note
 from schemas.manifest import PartSeal
 from teacher_dump.asking import open_data
 from teacher_dump.attempts import AttemptLog, attempts_place
@@ -41,6 +42,7 @@ from teacher_dump.public import choose_engine
 from teacher_dump.quarantine import QuarantineLog
 from teacher_dump.records import PartCapture
 from teacher_dump.release import check_installed
+from teacher_dump.same_images import check_sealed_images
 from teacher_dump.teacher import Teacher, find_teacher
 from teacher_dump.trial import run_trial
 
@@ -75,6 +77,8 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
         options=config,
     )
     check_settings(config, teacher, source)
+    if note := pixels_note(teacher.processor):
+        say(note)
     plan = plan_dump(config, source)
     preparer = Preparer(
         source, teacher.processor, max_len=longest(config, teacher), asks=config.teacher_answers
@@ -98,6 +102,8 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
     )
     job = Job(config, writer, teacher, todo, quarantine, say)
     if todo:
+        if sealed:
+            check_sealed_images(config.out, source)
         check_disk(config, describe(config, teacher, plan, todo, preparer, source))
         run = run_workers if config.workers > 1 or config.ray is not None else run_here
         run(job, preparer)

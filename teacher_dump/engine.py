@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from common.chat import Prompt
 from common.errors import CascacheError, ConfigError, EngineError, EngineStopped
+from common.pixels import PixelBounds
 from teacher_dump.arguments import check_arguments, known_arguments
 from teacher_dump.environment import BATCH_INVARIANT
 from teacher_dump.head import head_overrides
@@ -95,6 +96,8 @@ class EngineSettings:
     """Keep rows through private attributes of vLLM; else see `teacher_dump.public`."""
     vocab_rows: int = 0
     """Rows of the head, padding included; wanted without hooks."""
+    pixels: PixelBounds | None = None
+    """Area that images are scaled into, as the driver's processor does; None: as the model's own does."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further vLLM engine arguments."""
 
@@ -421,6 +424,8 @@ class Engine:
             **({"quantization": settings.quantization} if settings.quantization else {}),
             # its default computes some models' last layers on the end of a prompt only
             **({"swa_bounded_replay": False} if "swa_bounded_replay" in known_arguments() else {}),
+            # With the engine, not with requests: there they would rename the images.
+            **({"mm_processor_kwargs": settings.pixels.engine_arguments} if settings.pixels else {}),
             **settings.arguments,
             **self._head(),
         }

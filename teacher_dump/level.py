@@ -14,6 +14,8 @@ from common.data.source import SampleSource
 from common.devices import vllm_build
 from common.errors import ConfigError, DataError
 from common.fingerprint import fingerprints
+from common.image_settings import image_settings
+from common.pixels import set_bounds
 from common.render import check_answers
 from schemas.manifest import Capture, DataSource, Encoding, Manifest, Relation, SampleSet
 from teacher_dump.arguments import check_arguments, telling_arguments
@@ -156,6 +158,7 @@ def make_manifest(config: DumpConfig, source: SampleSource, teacher: Teacher, pl
         encoding=Encoding(profile=config.profile, logits=config.logits, logit_step=config.logit_step),
         part_samples=plan.part_samples,
         with_images=config.with_images,
+        image_settings=image_settings(teacher.processor),
         tools=_tools(),
     )
 
@@ -190,6 +193,7 @@ def engine_settings(config: DumpConfig, teacher: Teacher, capture: Capture) -> E
         any_version=config.any_vllm,
         hooks=config.capture == "hooks",
         vocab_rows=teacher.vocab_rows,
+        pixels=set_bounds(teacher.processor),
         arguments=config.engine_arguments,
         capture=CaptureSettings(
             topk=0 if capture.sampling == "random" else capture.topk,

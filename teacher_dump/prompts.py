@@ -21,6 +21,7 @@ from common.images import decode_image, image_bytes, image_path
 from schemas.manifest import Quarantined
 from schemas.sample import ImageRef, Sample
 from teacher_dump.request import pixel_identity
+from teacher_dump.same_images import SeenFiles
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,6 +71,7 @@ class Preparer:
         """
         self._source, self._processor, self._max_len, self._asks = source, processor, max_len, asks
         self._ids = source.sample_ids()
+        self._files = SeenFiles()
         self._tokenizer = threading.Lock()  # a fast tokenizer must not be borrowed twice
 
     def __call__(self, index: int) -> Prepared | Quarantined:
@@ -115,10 +117,11 @@ class Preparer:
 
     def _read(self, ref: ImageRef, sample: Sample) -> tuple[ImageInput, "Image", bytes]:
         root = self._source.image_root
-        encoded = image_bytes(ref, root)
-        where = f"{image_path(ref, root) or 'inline'} of {sample.sample_id}"
-        pixels = decode_image(encoded, where=where)
-        return ImageInput(hashlib.sha256(encoded).hexdigest(), pixels.height, pixels.width), pixels, encoded
+        path, encoded = image_path(ref, root), image_bytes(ref, root)
+        sha256 = hashlib.sha256(encoded).hexdigest()
+        self._files.check(path, sha256, sample.sample_id)
+        pixels = decode_image(encoded, where=f"{path or 'inline'} of {sample.sample_id}")
+        return ImageInput(sha256, pixels.height, pixels.width), pixels, encoded
 
 
 def _describe(sample_id: str, error: Exception) -> str:

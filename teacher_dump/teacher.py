@@ -15,7 +15,7 @@ from common.errors import ConfigError, EngineError
 from common.fingerprint import config_sha256, weights_sha256
 from common.models import ModelRef
 from common.processor import ProcessorOptions, load_processor
-from schemas.manifest import TeacherIdentity
+from schemas.manifest import Manifest, TeacherIdentity
 
 _CPU_FLOPS = 2e10
 _GPU_FLOPS = 1.5e14
@@ -86,7 +86,12 @@ def _has_gpu() -> bool:
 
 
 def find_teacher(
-    ref: ModelRef, *, dtype: str, with_weights: bool, options: ProcessorOptions | None = None
+    ref: ModelRef,
+    *,
+    dtype: str,
+    with_weights: bool,
+    options: ProcessorOptions | None = None,
+    level: Manifest | None = None,
 ) -> Teacher:
     """Locate a teacher and read its configuration.
 
@@ -95,6 +100,7 @@ def find_teacher(
         dtype: `auto` or a dtype's name.
         with_weights: Whether a hub model's weights must be there too.
         options: How its processor is set.
+        level: The level that was dumped with it, if it was.
 
     Raises:
         ConfigError: It cannot be found, is not whole, or is no vision-language model.
@@ -113,7 +119,7 @@ def find_teacher(
         raise ConfigError(
             f"{path} is no vision-language model that transformers knows: {error}; check --model {ref.name}"
         ) from error
-    processor = load_processor(str(path), options=options)
+    processor = load_processor(str(path), options=options, level=level)
     chosen = saved.removeprefix("torch.") if dtype == "auto" else dtype
     return Teacher(ref, path, revision, processor, str(config.model_type), chosen, *sizes)
 

@@ -6,6 +6,10 @@ from typing import Any
 from common.cache.commands import Answer, add_command
 
 _TEXT = "bytes by term, and time, of a level from counts; `teacher-dump --dry-run` counts your own data"
+_IMAGE_POSITIONS = (
+    "positions per image; default: 640 x 480 pixels under LLaVA-OneVision (up to 384 x 384: 1485; from "
+    "1280 x 960: about 7300; LLaVA-1.5: always 576; Qwen-VL: pixels / 784 or / 1024, at most 1280)"
+)
 
 
 def add_commands(subparsers: Any) -> None:
@@ -14,7 +18,7 @@ def add_commands(subparsers: Any) -> None:
     counts = command.add_argument_group("the data, as the teacher sees it")
     counts.add_argument("--samples", type=int, required=True, metavar="N", help="samples")
     counts.add_argument("--images", type=int, metavar="N", help="distinct images; default: one a sample")
-    counts.add_argument("--image-positions", type=int, default=729, metavar="N", help="positions an image")
+    counts.add_argument("--image-positions", type=int, default=2929, metavar="N", help=_IMAGE_POSITIONS)
     counts.add_argument("--response", type=float, default=90, metavar="N", help="response tokens a sample")
     counts.add_argument("--prompt", type=float, default=60, metavar="N", help="other text tokens a sample")
     kept = command.add_argument_group("what is kept, as for teacher-dump")

@@ -20,6 +20,8 @@ def add_commands(subparsers: Any) -> None:
     check.add_argument("path", help=path)
     check.add_argument("--student", required=True, help="preset, model directory or hub id")
     check.add_argument("--chat-template", help="file with the chat template of dump and training")
+    for name, which in (("--max-pixels", "largest"), ("--min-pixels", "smallest")):
+        check.add_argument(name, metavar="N", help=f"{which} area of an image, as for student-train")
     check.add_argument(
         "--image-grid",
         choices=("teacher", "own"),
@@ -49,19 +51,21 @@ def run_check(arguments: argparse.Namespace) -> tuple[int, Answer]:
     from common.cache.seals import read_manifest
     from common.compat import check_fit
     from common.models import resolve_model
-    from common.processor import ProcessorOptions, load_processor, read_vocab_rows
+    from common.processor import load_processor, read_options, read_vocab_rows
 
     manifest = read_manifest(arguments.path)
+    own_grid = arguments.image_grid == "own"
     student = resolve_model(arguments.student)
     fit = check_fit(
         manifest,
         load_processor(
             student.path_or_id,
             revision=student.revision,
-            options=ProcessorOptions(chat_template=arguments.chat_template),
+            options=read_options(arguments),
+            level=None if own_grid else manifest,
         ),
         vocab_rows=read_vocab_rows(student.path_or_id, revision=student.revision),
-        own_grid=arguments.image_grid == "own",
+        own_grid=own_grid,
     )
     fields = [
         {"field": each.name, "verdict": each.verdict, "cache": each.cache, "student": each.student}

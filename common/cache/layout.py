@@ -32,7 +32,7 @@ GUARD: Final = "sha256"
 KNOWN_NAMES: Final = frozenset({METADATA, PARTS, SEALS, INDEX, WRITING})
 """Everything that may stand at the root of a cache."""
 
-_LATER_FIELDS: Final = (("with_images",), ("without_text",), ("teacher", "head_dtype"))
+_LATER_FIELDS: Final = (("with_images",), ("without_text",), ("image_settings",), ("teacher", "head_dtype"))
 """Identity fields that caches of the first days lack: they count only when they are set."""
 
 _PART = re.compile(r"[0-9]{5,9}")

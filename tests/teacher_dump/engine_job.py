@@ -1,5 +1,7 @@
 """Engine cases for `forked`: each starts an engine, and returns what the capture said."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from common.errors import CascacheError
-from common.processor import load_processor
+from common.pixels import set_bounds
+from common.processor import ProcessorOptions, load_processor
 from schemas.manifest import Capture
 from teacher_dump.engine import Engine, EngineSettings
 from teacher_dump.public import choose_engine
@@ -41,6 +44,30 @@ def capture(models: Path, family: str, batched: str) -> dict[str, Any]:
     ) as engine:
         found = engine.run([submission(each) for each in items])
         return {"captured": found, "oracle": _prompt_logprobs(engine, items[0]), "runner": engine.runner}
+
+
+BOUNDS = ProcessorOptions(min_pixels=4500, max_pixels=5500)
+"""Some of the pictures have a larger area, some a smaller one."""
+
+
+def bounded(models: Path, family: str) -> dict[str, Any]:
+    """Every sample captured with its images scaled into BOUNDS, by the driver and by the engine.
+
+    The model names its own bounds `min_pixels` and `max_pixels`, as Qwen2.5-VL does on the hub.
+    """
+    model = models / "by-pixels" / family
+    shutil.copytree(models / family, model)
+    file = model / "processor_config.json"
+    config = json.loads(file.read_text())
+    size = config["image_processor"].pop("size")
+    config["image_processor"] |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    file.write_text(json.dumps(config))
+    processor = load_processor(str(model), options=BOUNDS)
+    with Engine(settings(model, pixels=set_bounds(processor))) as engine:
+        found = engine.run([submission(prepare(processor, each)) for each in samples()])
+        from vllm.transformers_utils.processor import cached_get_processor
+
+        return {"captured": found, "loaded": cached_get_processor.cache_info().misses}
 
 
 def _prompt_logprobs(engine: Engine, item: Any) -> list[dict[int, float]]:

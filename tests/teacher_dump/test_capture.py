@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from common.processor import load_processor
+from common.processor import ProcessorOptions, load_processor
 from common.record import Record
 from common.relation import factor_exact, head_gram, relation
 from common.spans import response_rows
 from teacher_dump.request import Captured
 from tests import tiny_families
-from tests.teacher_dump.engine_job import TOPK
+from tests.teacher_dump.engine_job import BOUNDS, TOPK
 from tests.teacher_dump.examples import prepare, samples
 from tests.teacher_dump.forked import run_cases
 
@@ -27,6 +27,8 @@ CASES = [
     *(f"capture:{family}:{batched}" for family in FAMILIES for batched in (WHOLE, CHUNKED)),
     "capture:qwen3_vl:4096",
     "capture:internvl:4096",
+    "bounded:qwen2_5_vl",
+    "bounded:qwen3_vl",
     "tampered:llava_siglip",
     "shifted_rows:llava_siglip",
     "preempted:llava_siglip",
@@ -64,11 +66,13 @@ def reference(tiny_dir: Path) -> Callable[[str], dict[str, dict[str, torch.Tenso
 
 
 @torch.inference_mode()
-def forward_all(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+def forward_all(
+    directory: Path, options: ProcessorOptions | None = None
+) -> dict[str, dict[str, torch.Tensor]]:
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
-    processor = load_processor(str(directory))
+    processor = load_processor(str(directory), options=options)
     answers = {}
     for example in samples():
         item = prepare(processor, example)
@@ -109,9 +113,31 @@ def test_equals_transformers_in_float32(
     check_captured(answers(case)["captured"], reference(family), tiny_dir / family)
 
 
-def check_captured(captured: list[Captured], expected: dict[str, Any], model: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_engine_and_driver_scale_images_into_the_same_bounds(
+    family: str, answers: Callable[[str], Any], tiny_dir: Path
+):
+    own, processor = (load_processor(str(tiny_dir / family), options=each) for each in (None, BOUNDS))
+    lengths = [
+        [len(prepare(each, sample).prompt.token_ids) for sample in samples()] for each in (own, processor)
+    ]
+    assert any(before > after for before, after in zip(*lengths, strict=True)), "none is scaled down"
+    assert any(before < after for before, after in zip(*lengths, strict=True)), "none is scaled up"
+    expected = forward_all(tiny_dir / family, BOUNDS)
+    answer = answers(f"bounded:{family}")
+    check_captured(answer["captured"], expected, tiny_dir / family, BOUNDS)
+    assert answer["loaded"] < len(samples()), "vLLM loads a processor for every request"
+
+
+def check_captured(
+    captured: list[Captured],
+    expected: dict[str, Any],
+    model: Path,
+    options: ProcessorOptions | None = None,
+) -> None:
     """Every sample's rows, states and factors equal those of transformers."""
-    processor = load_processor(str(model))
+    processor = load_processor(str(model), options=options)
     for example, found in zip(samples(), captured, strict=True):
         assert found.problem is None, f"{found.key}: {found.problem}"
         prompt = prepare(processor, example).prompt

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from common.chat import ImageSpan
-from common.errors import CacheError
+from common.errors import CacheError, ConfigError
 from schemas.manifest import Capture
 from teacher_dump.config import DumpConfig
-from teacher_dump.cost import Measure, check_disk, estimate
+from teacher_dump.cost import Measure, check_disk, estimate, with_sizes
+from teacher_dump.engine import check_arguments
+from teacher_dump.image_sizes import ImageSizes
 from teacher_dump.records import visual_rows
 from teacher_dump.request import (
     Captured,
@@ -141,6 +143,19 @@ def test_estimates_grow_with_what_is_kept():
     assert size(relation_store="both") > size(relation_store="hidden") > size() > size(relation_store="none")
     assert size(visual_fraction=0.25) < size()
     assert size(profile="portable") > size()
+
+
+def test_sizes_of_many_images_replace_those_of_a_few_samples():
+    few = Measure(positions=1000, response_rows=50, image_positions=400, images=2)
+    found = with_sizes(few, ImageSizes(images=15, per_sample=1.5, mean=600, largest=900))
+    assert (found.positions, found.image_positions, found.images) == (1000 - 2 * 400 + 1.5 * 600, 600, 1.5)
+
+
+@pytest.mark.parametrize("name", ["mm_processor_kwargs", "mm-processor-kwargs"])
+def test_processor_arguments_of_the_engine_are_not_the_users_to_set(name: str):
+    config = DumpConfig(engine_arg=(f'{name}={{"size": 3}}',))
+    with pytest.raises(ConfigError, match="use --max-pixels and --min-pixels"):
+        check_arguments(config.engine_arguments)
 
 
 def test_time_follows_the_rate():

@@ -31,7 +31,7 @@ def test_the_command_counts_an_image_once(capsys):
     flags = ["estimate", "--samples", "1000", "--images", "100", "--rate", "1000", "--engines", "2", "--json"]
     assert main(flags) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["positions_computed"] == 1000 * 150 + 100 * 729
+    assert found["positions_computed"] == 1000 * 150 + 100 * 2929
     assert found["seconds"] == pytest.approx(found["positions_computed"] / 2000, abs=0.1)
     assert sum(found["bytes_by_term"].values()) == found["bytes"]
     assert main(["estimate", "--samples", "665298"]) == 0
