@@ -369,6 +369,6 @@ def _rename_tower(directory: Path, hub_tower: str) -> None:
         save_file(weights, file, metadata={"format": "pt"})
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        table = json.loads(index.read_text())
+        table = json.loads(index.read_text("utf-8"))
         table["weight_map"] = {renamed(name): file for name, file in table["weight_map"].items()}
         index.write_text(json.dumps(table, indent=2))

@@ -195,7 +195,7 @@ def _class_body(file: Path, name: str) -> list[ast.stmt]:
     """Statements of a top-level class; none where file or class is gone."""
     if not file.exists():
         return []
-    classes = (each for each in ast.parse(file.read_text()).body if isinstance(each, ast.ClassDef))
+    classes = (each for each in ast.parse(file.read_text("utf-8")).body if isinstance(each, ast.ClassDef))
     return next((each.body for each in classes if each.name == name), [])
 
 

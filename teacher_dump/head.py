@@ -103,7 +103,7 @@ def _from_tensors(files: Iterable[Path]) -> str | None:
 
 
 def _from_config(file: Path) -> str | None:
-    config = json.loads(file.read_text()) if file.exists() else {}
+    config = json.loads(file.read_text("utf-8")) if file.exists() else {}
     quantisation = config.get("quantization_config") or (config.get("text_config") or {}).get(
         "quantization_config"
     )

@@ -43,7 +43,7 @@ def _numbers(file: Path) -> int:
 
 def _is_quantised(path: Path) -> bool:
     config = path / "config.json"
-    return config.exists() and "quantization_config" in json.loads(config.read_text())
+    return config.exists() and "quantization_config" in json.loads(config.read_text("utf-8"))
 
 
 def choose_device(needed: int, free: Mapping[str, int], asked: str) -> str:
@@ -90,7 +90,7 @@ def free_bytes() -> dict[str, int]:
 def _free_ram() -> int:
     """What the kernel would give without swapping; all of it where the kernel does not say."""
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     except OSError:

@@ -169,7 +169,7 @@ class EngineLog:
     def _cause(self) -> str | None:
         """A worker's end, else the first error that a traceback in the log ends with."""
         assert self.path is not None
-        lines = self.path.read_text(errors="replace").splitlines()
+        lines = self.path.read_text("utf-8", "replace").splitlines()
         died = next(filter(None, map(_DIED.search, lines)), None)
         if died is not None:
             return f"{died.group(1)} died (status {died.group(2)}; perhaps memory ran out, `dmesg` tells)"
