@@ -31,7 +31,7 @@ QUIET = {
 STALL_SECONDS = 240
 """How long the processes of a job may take no time of the processor before they are killed."""
 
-_MARK = "CASCACHE_TEST_JOB"
+MARK = "CASCACHE_TEST_JOB"
 
 
 def run_cases(
@@ -44,10 +44,10 @@ def run_cases(
     """
     whole = module if "." in module else f"{__package__}.{module}"
     command = [sys.executable, "-m", __name__, whole, str(models), str(out), *cases]
-    environment = {**os.environ, **QUIET, _MARK: str(out)} | ({"PYTHONPATH": str(beside)} if beside else {})
+    environment = {**os.environ, **QUIET, MARK: str(out)} | ({"PYTHONPATH": str(beside)} if beside else {})
     with (out / "job.log").open("wb") as log:
         job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        stalled = not wait_while_it_moves(job, lambda: processor_seconds(f"{_MARK}={out}".encode()))
+        stalled = not wait_while_it_moves(job, lambda: processor_seconds(f"{MARK}={out}".encode()))
 
     def answer(case: str) -> Any:
         found = out / case

@@ -9,30 +9,38 @@ from typing import Any
 from common.cache.writer import sealed_parts
 from teacher_dump.cli import main
 from tests.teacher_dump.dump_job import command, said, work_of, write_data
-from tests.teacher_dump.forked import fork
+from tests.teacher_dump.forked import MARK, fork
+from tests.templates import fit
 
 PARTS = ("--part-samples", "16")
 
 
+def arguments_for(models: Path, out: str) -> list[str]:
+    """Of a dump in a working directory of its own, with a chat template that only that directory has."""
+    root = work_of(models)
+    os.chdir(root)
+    Path("hub.jinja").write_text(fit("onevision_hub", "<image>"))
+    data = write_data(root / "ray-data", 96)
+    return [*command(models, data, root / out), *PARTS, "--chat-template", "hub.jinja"]
+
+
 def alone(models: Path) -> tuple[int, str]:
     """By one engine."""
-    root = work_of(models)
-    return said(lambda: main([*command(models, write_data(root / "ray-data", 96), root / "alone"), *PARTS]))
+    return said(lambda: main(arguments_for(models, "alone")))
 
 
 def own_process(models: Path) -> tuple[int, str]:
     """By two actors whose engines have processes of their own."""
-    root = work_of(models)
-    arguments = command(models, write_data(root / "ray-data", 96), root / "ray-own")
+    arguments = [*arguments_for(models, "ray-own"), "--workers", "2", "--engine-process", "own"]
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    return said(lambda: main([*arguments, *PARTS, "--workers", "2", "--engine-process", "own"]))
+    return said(lambda: main(arguments))
 
 
 def lost_actor(models: Path) -> dict[str, Any]:
     """By two actors, one of which is killed in the middle of a part."""
     root = work_of(models)
     out, heard = root / "lost", root / "lost.log"
-    arguments = [*command(models, write_data(root / "ray-data", 96), out), *PARTS, "--workers", "2"]
+    arguments = [*arguments_for(models, "lost"), "--workers", "2"]
 
     def run() -> int:
         status, said_it = said(lambda: main(arguments))
@@ -52,11 +60,14 @@ def lost_actor(models: Path) -> dict[str, Any]:
 
 
 def working_actors() -> list[int]:
-    """Actors of this machine's Ray clusters, those at work first: Ray names their task in their title."""
-    titles = {}
+    """Actors of this test's Ray cluster, those at work first: Ray names their task in their title."""
+    titles, mark = {}, f"{MARK}={os.environ[MARK]}".encode()
     for place in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            titles[int(place.parent.name)] = place.read_bytes().decode(errors="replace")
+            # The title is written over an actor's own environment; its raylet has no title.
+            raylet = (place.parent / "stat").read_text().rpartition(")")[2].split()[1]
+            if mark in Path(f"/proc/{raylet}/environ").read_bytes().split(b"\0"):
+                titles[int(place.parent.name)] = place.read_bytes().decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
     found = {

@@ -11,6 +11,8 @@ import pytest
 
 from common.cache.reader import CacheReader
 from common.cache.verify import verify
+from common.processor import load_processor
+from common.template_fingerprint import chat_template_fingerprint
 from teacher_dump.distributed import bind_cores
 from tests import tiny_families
 from tests.teacher_dump.dump_job import work_of
@@ -40,6 +42,10 @@ def test_a_lost_actor_loses_nothing(answers: Callable[[str], Any], tiny_dir: Pat
         assert list(found.sample_ids) == list(wanted.sample_ids)
         for name in wanted.sample_ids:
             assert_same(found.read_record(name), wanted.read_record(name))
+        own = chat_template_fingerprint(load_processor(str(tiny_dir / "llava_siglip")))
+        assert found.manifest.fingerprints.chat_template != own, (
+            "actors read the --chat-template of the driver"
+        )
 
 
 @pytest.mark.slow
