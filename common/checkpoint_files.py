@@ -1,10 +1,10 @@
-"""Whether a model directory's weight files are all there and whole, told without reading a tensor.
+"""Whether a model directory's weight files are complete, checked without reading a tensor.
 
     model.safetensors.index.json      names tensors and the shard that each is in
     model-00001-of-00003.safetensors  8 bytes: length of the header; the header: JSON; then the tensors
     model-00002-of-00003.safetensors
 
-Loading finds the same faults, minutes later and in the words of another library. Only headers are read:
+Loading finds the same faults minutes later, with another library's messages. Only headers are read:
 a few megabytes for the largest models. A directory without any weights passes: not every command needs them.
 """
 
@@ -71,7 +71,7 @@ def _check_named(index: Path, names: set[str]) -> None:
 
 
 def _check_numbers(directory: Path, names: Iterable[str]) -> None:
-    """Shards say in their names how many they are."""
+    """The names of shards contain their number."""
     found: dict[tuple[str, str, str], set[int]] = {}
     for name in names:
         match = _NUMBERED.fullmatch(name)
@@ -88,7 +88,7 @@ def _check_numbers(directory: Path, names: Iterable[str]) -> None:
 
 
 def _read_names(file: Path) -> frozenset[str] | None:
-    """Names of a safetensors file's tensors; None for a file of another format, which is not looked into."""
+    """Names of a safetensors file's tensors; None for a file of another format, which is not read."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(len(_POINTER))
@@ -105,7 +105,7 @@ def _read_names(file: Path) -> frozenset[str] | None:
         header = _read_header(file, stream.read(length))
     wanted = 8 + length + max((each[1] for each in header.values()), default=0)
     if size != wanted:
-        raise _not_whole(file, size, f"its header tells of {wanted:,}")
+        raise _not_whole(file, size, f"its header describes {wanted:,}")
     return frozenset(header)
 
 
@@ -130,7 +130,7 @@ def _not_whole(file: Path, size: int, what: str) -> ConfigError:
 
 
 def _check_tensors(index: Path, places: dict[str, str], tensors: dict[str, frozenset[str] | None]) -> None:
-    """An index may not promise tensors that its files do not hold."""
+    """An index may not list tensors that its files do not contain."""
     absent = sorted(
         name for name, file in places.items() if (held := tensors.get(file)) is not None and name not in held
     )

@@ -8,8 +8,8 @@ image processor  pixels and the number and grid of image tokens follow from it
 vocabulary       equal in its real rows
 head             padding rows may differ and are left out
 
-Fingerprints are taken from behaviour: the same tokenizer under another name fits. Caches of the first days
-name no image settings; they fit where the settings that their fingerprint covers do, with a note.
+Fingerprints are taken from behaviour: the same tokenizer under another name fits. Caches from before
+`image_settings` fit where the settings that their fingerprint covers are the same, with a note.
 """
 
 from collections.abc import Iterator, Mapping
@@ -53,7 +53,7 @@ class FieldFit:
     verdict: Verdict
     """Whether it fits."""
     cache: str
-    """What the cache says, short enough for people."""
+    """The cache's value, shortened for display."""
     student: str
     """What the student says."""
     note: str = ""
@@ -151,7 +151,7 @@ def _leaves(
 
 
 def _short(value: Any) -> str:
-    """A value in few characters; a cache may say anything."""
+    """A value in few characters; a cache's values are untrusted."""
     text = "absent" if value is None else plain(str(value)[:_SHOWN_CHARACTERS])
     return text if len(text) < _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 4]} ..."
 

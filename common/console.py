@@ -1,4 +1,4 @@
-"""What every command does to its terminal before it says a word."""
+"""What every command does to its terminal before it prints anything."""
 
 import sys
 

@@ -1,7 +1,7 @@
 """GPUs, memory and cores of this machine, read without touching CUDA.
 
-Asking torch or CUDA initialises the driver in this process, and a process that forks afterwards (as vLLM's
-may) leaves children that cannot use a GPU. The driver's own `nvidia-smi` answers from a process of its own.
+Asking torch or CUDA initialises the driver in this process, and a process that forks afterwards (as vLLM
+may) creates children that cannot use a GPU. The driver's `nvidia-smi` reads the same from another process.
 
     nvidia-smi ──all GPUs, in PCI order──> CUDA_VISIBLE_DEVICES ──> the devices that an engine would get
 """
@@ -33,13 +33,13 @@ class Device:
     name: str
     """Product name."""
     total_bytes: int | None
-    """Memory; None where the driver does not say (parts of a GPU, memory shared with the CPU)."""
+    """Memory; None where the driver does not report it (parts of a GPU, memory shared with the CPU)."""
     free_bytes: int | None
     """Memory that no process holds."""
     driver: str
     """Version of the driver."""
     cuda: str
-    """Newest CUDA that the driver takes; empty when unknown."""
+    """Newest CUDA that the driver supports; empty when unknown."""
     uuid: str = ""
     """The driver's own name for it."""
 
@@ -48,7 +48,7 @@ def find_devices() -> list[Device]:
     """NVIDIA GPUs, or parts of them, that CUDA_VISIBLE_DEVICES leaves; none where there is no nvidia-smi.
 
     Raises:
-        EngineError: The driver is there and does not answer.
+        EngineError: A driver is installed but does not answer.
     """
     tool = driver_tool()
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -59,7 +59,7 @@ def find_devices() -> list[Device]:
 
 
 def driver_tool() -> str | None:
-    """Path of nvidia-smi; None where there is no driver, or none that can be asked."""
+    """Path of nvidia-smi; None where it is not installed."""
     return shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=_WSL)
 
 
@@ -83,7 +83,7 @@ def visible(devices: list[Device], setting: str | None) -> list[Device]:
 
 
 def free_memory() -> int:
-    """Bytes of main memory that a new process could take, also under a container's limit."""
+    """Bytes of main memory available to a new process, within a container's limit."""
     fields = dict(
         line.split(":", 1) for line in Path("/proc/meminfo").read_text("ascii").splitlines() if ":" in line
     )
@@ -119,7 +119,7 @@ def _all_devices(tool: str) -> list[Device]:
 
 
 def _parts(tool: str, devices: list[Device]) -> list[Device]:
-    """Parts that GPUs are split into; the driver does not say how much of one is free."""
+    """Parts that GPUs are split into; the driver does not report how much of one is free."""
     whole, found = None, []
     for line in _ask(tool, "-L").splitlines():
         whole = next((each for each in devices if f"(UUID: {each.uuid})" in line), whole)
@@ -131,7 +131,7 @@ def _parts(tool: str, devices: list[Device]) -> list[Device]:
 
 
 def _ask(tool: str, *arguments: str) -> str:
-    """What the tool prints; nothing where it finds no GPU."""
+    """Output of the tool; empty where it finds no GPU."""
     command = [tool, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -142,7 +142,7 @@ def _ask(tool: str, *arguments: str) -> str:
         return ""
     if done.returncode != 0:
         raise EngineError(
-            f"{tool} fails with status {done.returncode}: {said.splitlines()[0] if said else 'no word'}; "
+            f"{tool} fails with status {done.returncode}: {said.splitlines()[0] if said else 'no output'}; "
             "repair the GPU's driver until nvidia-smi runs"
         )
     return done.stdout

@@ -1,10 +1,10 @@
 """Every error cascache raises on purpose, grouped by what the reader would do about it.
 
     CascacheError
-    ├── ConfigError (ValueError)        mend the settings
-    ├── DataError (ValueError)          mend the input
+    ├── ConfigError (ValueError)        fix the settings
+    ├── DataError (ValueError)          fix the input
     ├── EngineError (RuntimeError)      fix the teacher's environment
-    │   └── EngineStopped               it died while it computed: run the same command again
+    │   └── EngineStopped               it died while computing: run the same command again
     ├── CacheError (OSError)            the cache on disk
     │   ├── PartMissing                 dump that part
     │   └── PartCorrupt                 dump that part again
@@ -20,11 +20,11 @@ class CascacheError(Exception):
 
 
 class ConfigError(CascacheError, ValueError):
-    """A setting is unknown, out of range or contradicts another: mend the settings."""
+    """A setting is unknown, out of range or contradicts another: fix the settings."""
 
 
 class DataError(CascacheError, ValueError):
-    """A sample or image cannot be used: mend the input. Carries a one-word `reason`."""
+    """A sample or image cannot be used: fix the input. Carries a one-word `reason`."""
 
     def __init__(self, message: str, *, reason: str = "data") -> None:
         """Store the message and the word that quarantine counts by."""
@@ -45,7 +45,7 @@ class EngineError(CascacheError, RuntimeError):
 
 
 class EngineStopped(EngineError):
-    """A started engine died or broke while it computed; what was sealed is kept."""
+    """A started engine died or failed while computing; sealed parts are kept."""
 
 
 class CacheError(CascacheError, OSError):
@@ -65,7 +65,7 @@ class MismatchError(CascacheError, ValueError):
 
 
 class TrainingError(CascacheError, RuntimeError):
-    """The run cannot go on: a loss is not finite, or a checkpoint belongs to another recipe."""
+    """The run cannot continue: a loss is not finite, or a checkpoint belongs to another recipe."""
 
 
 def quote(value: object, limit: int = 80) -> str:
@@ -74,13 +74,13 @@ def quote(value: object, limit: int = 80) -> str:
 
 
 def shorten(text: str, limit: int = 400) -> str:
-    """Text of somebody else's for one line of ours: no line breaks, cut in the middle where it is long."""
+    """Foreign text for one line of a message: no line breaks, cut in the middle where it is long."""
     text = " ".join(text.split())
     half = (limit - 3) // 2
     return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
 def tell_os_error(error: OSError) -> str:
-    """One line about what the operating system refused, for a command line."""
+    """One line that describes an operating system error, for a command line."""
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}; choose a place that exists, has room and can be written"

@@ -1,4 +1,4 @@
-"""Which extra of this package brings a module that is not there."""
+"""Which extra of this package installs a missing module."""
 
 from importlib.util import find_spec
 from typing import Final
@@ -22,11 +22,11 @@ EXTRAS: Final = {
 """Module to extra."""
 
 INSTALL_TEACHER: Final = "pip install 'cascache[teacher]' on CUDA machines, 'cascache[teacher-cpu]' elsewhere"
-"""What brings a teacher's engine, and what its models need."""
+"""What installs a teacher's engine and the libraries that its models need."""
 
 
 def need_module(module: str) -> None:
-    """Fail now, not after minutes of work, where a module is not installed; it is not imported.
+    """Fail now, not after minutes of work, if a module is not installed; it is not imported.
 
     Raises:
         ModuleNotFoundError: As its import would.
@@ -36,14 +36,14 @@ def need_module(module: str) -> None:
 
 
 def tell_missing_module(error: ModuleNotFoundError, *, teacher: bool = False) -> str | None:
-    """One line about a module that no base installation has, for a command line.
+    """One line about a module that the base installation lacks, for a command line.
 
     Args:
         error: What the import raised.
-        teacher: Whether the command runs teachers, whose extras bring the models' libraries too.
+        teacher: Whether the command runs teachers, whose extras install the models' libraries too.
 
     Returns:
-        The line, or None when no extra brings the module: then something is broken.
+        The line, or None when no extra installs the module: then the installation is broken.
     """
     module = (error.name or "").split(".")[0]
     extra = EXTRAS.get(module)

@@ -61,7 +61,7 @@ def first_image_fingerprint(processor: Any) -> str:
 
 
 def config_sha256(directory: Path) -> str:
-    """Hash a model directory's `config.json`, without the names and versions of who saved it.
+    """Hash a model directory's `config.json`, without the name and version that it was saved under.
 
     Raises:
         ConfigError: There is none.

@@ -1,10 +1,10 @@
-"""What an image processor is set to, in full: what its fingerprint covers, and what a manifest names.
+"""All settings of an image processor: what its fingerprint covers and a manifest lists.
 
     image processor   every setting but a few names that are known to be harmless; its class; its back end
     processor         every plain attribute that is not about text, sound or video
     call              what the processor gives the image processor with each call
 
-The list names what is left out, not what is covered: a setting that nobody thought of makes two levels
+The lists name what is left out, not what is covered: an unknown setting makes two levels
 differ, rather than fit by mistake. Pillow and torchvision round differently when they resize (up to 2 of
 255 grey levels on smooth pictures, 23 on noise), so the back end counts.
 """
@@ -42,7 +42,7 @@ _NO_PROCESSOR_SETTING = frozenset(
         "video_token",
     }
 )
-"""Attributes of a processor that its images do not follow from, besides the ids of tokens."""
+"""Attributes of a processor that do not affect its images, besides the ids of tokens."""
 
 _FIRST_PIXEL_SETTINGS = [
     "crop_size",
@@ -111,7 +111,7 @@ def first_image_settings(processor: Any) -> list[dict[str, Any]]:
 
 
 def _counts(name: str, value: Any) -> bool:
-    """Whether an attribute of a processor may say something of its images."""
+    """Whether an attribute of a processor may affect its images."""
     return (
         name not in _NO_PROCESSOR_SETTING
         and not name.startswith("_")

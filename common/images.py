@@ -30,7 +30,7 @@ MAX_BYTES = 512 * 2**20
 """Largest encoded file read."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats decoded, told by content. Pillow knows forty more, some of which start other programs."""
+"""Formats decoded, detected by content. Pillow supports forty more, some of which start other programs."""
 
 _STRIP_PIXELS = 1 << 20
 
@@ -51,7 +51,7 @@ _DAMAGED = (
 
 
 def image_path(ref: ImageRef, root: str | Path | None = None) -> Path | None:
-    """Where the image lies: its path, from `root` when relative; None for inline bytes."""
+    """Where the image is stored: its path, from `root` when relative; None for inline bytes."""
     if ref.path is None:
         return None
     return Path(root or "") / ref.path

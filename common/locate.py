@@ -8,8 +8,8 @@ An answer is found by rendering the conversation again with a stand-in for it: t
 precedes the stand-in, the answer, and what follows it, letter for letter. So it does not matter what a
 generation prompt looks like, whether the template rewrites earlier turns, or whether the answer's words
 occur elsewhere. A template that looks into the answer (for a think block, say) may write other things
-around a stand-in; then the stand-in is put behind the answer, or before it, and taking it out again must
-give the rendering. `{% generation %}` marks are not asked: published templates mark other characters.
+around a stand-in; then the stand-in is put after the answer, or before it, and removing it must
+give the rendering. `{% generation %}` marks are not used: published templates mark other characters.
 """
 
 import functools
@@ -28,7 +28,7 @@ _SHOWN: Final = 40
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """What a template writes behind an answer."""
+    """What a template writes after an answer."""
 
     text: str
     """What belongs to the response where nothing follows the answer, up to the end-of-turn token."""
@@ -90,7 +90,7 @@ class Page:
         return ranges[0][0], ranges[-1][1]
 
     def ending(self, place: int) -> Ending:
-        """What the template writes behind the answer of turn `place` when nothing follows."""
+        """What the template writes after the answer of turn `place` when nothing follows."""
         shown = with_text(self.messages[: place + 1], place, self._texts(place)[-1], self.mark)
         tail = render_messages(self.processor, shown, self.where).rpartition(self.mark)[2]
         return ending_of(self.processor.tokenizer, tail)
@@ -163,7 +163,7 @@ def ending_of(tokenizer: Any, tail: str) -> Ending:
 def _added_tokens(tokenizer: Any, size: int, eos: str | None) -> re.Pattern[str]:
     """Any token added beside the words: some ends of turn are none of the tokenizer's named special tokens.
 
-    `size` and `eos` are there because a tokenizer can change after it was asked.
+    `size` and `eos` are part of the key because a tokenizer can change between calls.
     """
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     tokens = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)

@@ -52,7 +52,7 @@ def render_messages(processor: Any, messages: Messages, where: str, *, asks: boo
 
     Raises:
         DataError: The template is no Jinja template, refuses the conversation, fails, renders nothing, or
-            writes parts as Python shows them (`reason="template"`); there is no message (`turns`).
+            prints parts as Python objects (`reason="template"`); there is no message (`turns`).
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -74,7 +74,7 @@ def render_messages(processor: Any, messages: Messages, where: str, *, asks: boo
     if any(message["content"] and str(message["content"]) in text for message in messages):
         raise _refuse(
             where,
-            "writes content as Python shows a list, so it was made for plain strings; give one that reads "
+            "prints content as a Python list, so it expects plain strings; give one that reads "
             "text and image parts (--chat-template FILE)",
         )
     return text

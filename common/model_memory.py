@@ -17,7 +17,7 @@ from common.errors import ConfigError
 GIB: Final = 2**30
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 ENGINE_BYTES: Final = GIB
-"""What an engine needs beside the model: libraries and CUDA's own."""
+"""What an engine needs besides the model: libraries and CUDA's context."""
 _FLOATS: Final = {"F64", "F32", "F16", "BF16"}
 _STORED_BYTES: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 _CHUNK_ROWS: Final = 256
@@ -46,7 +46,7 @@ def model_need(directory: Path, *, dtype: str, positions: int, weights: int | No
 
     Args:
         directory: With `config.json` and safetensors files.
-        dtype: What it computes in; `auto`: what the configuration says.
+        dtype: What it computes in; `auto`: the configuration's dtype.
         positions: Positions whose keys and values are held.
         weights: Bytes of the weights, where the files are not there.
 
@@ -65,12 +65,12 @@ def model_need(directory: Path, *, dtype: str, positions: int, weights: int | No
     if files:
         weights = sum(weight_bytes(file, item) for file in files)
     if weights is None:
-        raise ConfigError(f"{directory} has no *.safetensors weights; let the hub's copy be finished first")
+        raise ConfigError(f"{directory} has no *.safetensors weights; finish the download first")
     return Need(weights, kv * positions, _CHUNK_ROWS * rows * 4 * _LOGIT_COPIES)
 
 
 def find_dtype(config: dict[str, Any]) -> str:
-    """What a configuration says the weights are in; float32 when it says nothing."""
+    """The dtype of the weights in a configuration; float32 when there is none."""
     text = config.get("text_config") or {}
     found = next(
         (each.get(key) for each in (config, text) for key in ("dtype", "torch_dtype") if each.get(key)), ""

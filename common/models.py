@@ -83,7 +83,7 @@ PRESETS: dict[str, Preset] = {
         *_qwen("qwen3-vl", "Qwen3-VL", (2, 4, 8, 32)),
     ]
 }
-"""The table. `main` stands where no commit is pinned; the dump records the commit it really used."""
+"""The table. `main` where no commit is pinned; the dump records the commit that was used."""
 
 
 def resolve_model(name: str) -> ModelRef:
@@ -124,7 +124,7 @@ def smallest_of_family(family: str) -> ModelRef:
 
 
 def family_of_teacher(name: str, model_type: str) -> str:
-    """Family of a cache's teacher, which may be no preset, or lie in a directory of another machine.
+    """Family of a cache's teacher, which may not be a preset, or may be in a directory of another machine.
 
     Args:
         name: What the dump called it.

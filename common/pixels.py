@@ -3,11 +3,11 @@
     own bounds of the model   [3,136, 12,845,056]     15,552 positions for a photo of 12 megapixels
     default of every command  at most 1,280 cells     1,003,520 pixels of 28 × 28, 1,310,720 of 32 × 32
     --max-pixels, --min-pixels                        always win
-    a cache's manifest                                without flags a student sees what its teacher saw
+    a cache's manifest                                without flags a student uses its teacher's bounds
 
-The Qwen-VL families scale an image so that its area lies between two bounds and cut it into cells, each one
+The Qwen-VL families scale an image so that its area is between two bounds and cut it into cells, each one
 position. Other families have no such bound: theirs follow from a fixed size, a list of shapes or a number
-of crops, and a flag that could not be obeyed is refused.
+of crops, and a flag that would have no effect is refused.
 
 Bounds that were set are saved with the processor, beside the model's own (`model_pixels`), so that a saved
 student keeps them.
@@ -33,7 +33,7 @@ _PIXELS: Final = re.compile(r"([0-9][0-9_,]*)|([0-9]*\.?[0-9]+) ?mp", re.IGNOREC
 
 
 def parse_pixels(text: object) -> object:
-    """A number of pixels from `1003520`, `1,003,520` or `1.3MP`; what is no text stays as it is.
+    """A number of pixels from `1003520`, `1,003,520` or `1.3MP`; other types are returned unchanged.
 
     Raises:
         ValueError: The text is none of these.
@@ -48,7 +48,7 @@ def parse_pixels(text: object) -> object:
 
 
 MOST_UPSCALED: Final = 1 << 24
-"""Largest area that small images are scaled up to: a cache must not make its readers fill their memory."""
+"""Largest area that small images are scaled up to: a cache must not be able to exhaust a reader's memory."""
 
 Pixels = Annotated[int, Field(ge=1, le=1 << 40), BeforeValidator(parse_pixels)]
 LeastPixels = Annotated[int, Field(ge=1, le=MOST_UPSCALED), BeforeValidator(parse_pixels)]
@@ -65,7 +65,7 @@ class PixelBounds:
 
     @property
     def size(self) -> dict[str, int]:
-        """As image processors call them."""
+        """In the names of image processors."""
         return {"shortest_edge": self.least, "longest_edge": self.most}
 
     @property
@@ -121,7 +121,7 @@ def apply_pixels(
         least: `--min-pixels`.
         most: `--max-pixels`.
         level: Bounds of the level that the processor is to fit, if it has any.
-        default: Whether the default holds where neither flag nor level says anything.
+        default: Whether the default applies where neither flag nor level sets a bound.
 
     Raises:
         ConfigError: The family has no bounds, or an image could not keep to these.
@@ -184,7 +184,7 @@ def _refusal(processor: Any, flag: str) -> str:
     governs = "nothing that can be set" if name is None else f"{name} = {_shown(getattr(images, name))}"
     return (
         f"{flag} has no meaning for {type(processor).__name__}: its images follow from {governs} in "
-        f"preprocessor_config.json, not from a number of pixels; leave {flag} out, or change that setting in "
+        f"preprocessor_config.json, not from a number of pixels; omit {flag}, or change that setting in "
         "copies of the models of teacher and student"
     )
 

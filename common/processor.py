@@ -35,18 +35,18 @@ class ProcessorOptions(Frozen):
     chat_template: str | None = None
     """File with the chat template to use in place of the model's own: chat_template.jinja or .json."""
     max_pixels: Pixels | None = None
-    """Scale larger images down to this area, such as 1003520 or 1.3MP. For Qwen-VL, where a position takes
-    28 × 28 or 32 × 32 pixels; such an image has to fit the dump's --max-len. Default: what the cache says,
+    """Scale larger images down to this area, such as 1003520 or 1.3MP. For Qwen-VL, where a position covers
+    28 × 28 or 32 × 32 pixels; such an image has to fit the dump's --max-len. Default: the cache's bound,
     else 1,280 positions or the model's own bound, whichever is less."""
     min_pixels: LeastPixels | None = None
-    """Scale smaller images up to this area, for Qwen-VL. Default: what the cache or the model says."""
+    """Scale smaller images up to this area, for Qwen-VL. Default: the bound of the cache or the model."""
 
 
 def read_options(arguments: argparse.Namespace) -> ProcessorOptions:
     """Options from the flags of a command without a settings model; flags that it lacks are not set.
 
     Raises:
-        ConfigError: A flag that cannot be.
+        ConfigError: A flag has an invalid value.
     """
     values = {name: getattr(arguments, name, None) for name in ProcessorOptions.model_fields}
     return validate_settings(ProcessorOptions, values, "cascache")
@@ -84,7 +84,7 @@ def load_processor(
         ) from error
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{path} holds no processor that transformers can load ({error}); point at a vision-language "
+            f"{path} has no processor that transformers can load ({error}); point at a vision-language "
             "model directory with tokenizer, chat template and preprocessor_config.json"
         ) from error
     options = options or ProcessorOptions()
@@ -106,7 +106,7 @@ def apply_options(processor: Any, options: ProcessorOptions) -> None:
     """Set a processor's chat template as the options want it, in place.
 
     Raises:
-        ConfigError: A file is not there, or is not text.
+        ConfigError: A file does not exist, or is not text.
     """
     if options.chat_template is not None:
         processor.chat_template = _read_template(options.chat_template)
@@ -146,7 +146,7 @@ def read_vocab_rows(path: str, *, revision: str | None = None) -> int:
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path} holds no model configuration ({error}); point at a model") from error
+        raise ConfigError(f"{path} has no model configuration ({error}); point at a model") from error
     return int(config.get_text_config().vocab_size)
 
 
@@ -170,18 +170,18 @@ def check_processor(processor: Any, path: str) -> None:
     if processor.image_token not in tokenizer.get_vocab():
         raise ConfigError(
             f"{path}: the processor marks images with {processor.image_token!r}, which is no token of its "
-            "tokenizer; mend processor_config.json, or use the tokenizer that belongs to it"
+            "tokenizer; fix processor_config.json, or use the tokenizer that belongs to it"
         )
     _check_counts(processor, path)
 
 
 def _check_counts(processor: Any, path: str) -> None:
-    """Refuse a processor that cannot tell how many positions an image takes, as early revisions could not."""
+    """Refuse a processor without the settings to count an image's positions, as in early revisions."""
     needed = _COUNTED_WITH.get(type(processor).__name__, {})
     missing = [name for name in needed if getattr(processor, name, None) is None]
     if missing:
         raise ConfigError(
-            f"{path}: its {type(processor).__name__} says nothing of {', '.join(missing)}, so that the "
+            f"{path}: its {type(processor).__name__} lacks {', '.join(missing)}, so that the "
             "positions of an image cannot be counted; take the checkpoint's current revision, or write "
             f"processor_config.json with what fits its vision tower, such as {json.dumps(needed)}"
         )

@@ -42,7 +42,7 @@ class Rendered:
 def render(processor: Any, sample: Sample) -> Rendered:
     """The conversation's text, and where its responses are in it.
 
-    A response is the turn's text and the end-of-turn token behind it, which is added where the template
+    A response is the turn's text and the end-of-turn token after it, which is added where the template
     writes none. Spaces right before the answer belong to it: tokenizers join them with its first word.
     Line breaks, names of roles and think blocks that the template adds before it do not.
 
@@ -80,9 +80,9 @@ def render_question(processor: Any, sample: Sample, place: int) -> str:
 
 
 def render_segments(processor: Any, sample: Sample) -> list[str]:
-    """The texts around answers that are still to come: before the first, between one and the next.
+    """The texts around answers that are not generated yet: before the first, and between answers.
 
-    The data's own answers only say where answers belong; every segment ends with the generation prompt.
+    The data's own answers only mark where answers belong; every segment ends with the generation prompt.
 
     Raises:
         DataError: `no-question` when nothing precedes an answer; `template` when the template fails, or
@@ -132,7 +132,7 @@ def check_answers(processor: Any, name: str) -> None:
     """Refuse a chat template in which not even a plain answer can be located.
 
     Raises:
-        ConfigError: Says what the template does with the answer.
+        ConfigError: With what the template does to the answer.
     """
     _probe(name, lambda sample: render(processor, sample))
 
@@ -156,7 +156,7 @@ def _check_asked(sample: Sample, place: int) -> None:
 
 
 def _close(page: Page, answers: Sequence[tuple[int, int]], ending: Ending) -> Rendered:
-    """The page with an end of turn behind every answer; without one a student would never learn to stop."""
+    """The page with an end of turn after every answer; without one a student would never learn to stop."""
     text, inserted, floor = page.text, 0, 0
     ranges = []
     for first, last in answers:

@@ -82,7 +82,7 @@ def read_table(path: str | None, section: str) -> dict[str, Any]:
         tables = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"{file} is not valid TOML: {error}; mend it or name another with --config"
+            f"{file} is not valid TOML: {error}; fix it or name another with --config"
         ) from error
     table = tables.get(section, {})
     if not isinstance(table, dict):
@@ -152,7 +152,7 @@ def validate_settings(model: type[Model], values: Mapping[str, Any], prog: str) 
     """Settings from values by name.
 
     Raises:
-        ConfigError: Names every flag that cannot be, what was found and why not.
+        ConfigError: Names every invalid flag, its value and the reason.
     """
     try:
         return model.model_validate(values)

@@ -3,8 +3,8 @@
     probe conversations ──template──> texts ──sha256──> fingerprint
                                       + generation prompts, where the teacher answers itself
 
-Templates whose training text is the same have equal fingerprints, however they are written: twins that
-differ in their generation prompt alone, a template with `{% generation %}` marks and the one without.
+Templates with the same training text have equal fingerprints, however they are written: two that
+differ only in their generation prompt, or one with `{% generation %}` marks and one without.
 Where the teacher answered itself its text follows the generation prompt, so that counts too.
 """
 
@@ -16,7 +16,7 @@ from common.errors import DataError
 from common.messages import Messages, render_messages
 
 _IMAGE: Final = {"type": "image"}
-_REFUSED: Final = None  # not the message: two templates may refuse the same conversation in other words
+_REFUSED: Final = None  # not the message: two templates may refuse one conversation differently
 
 
 def _turn(role: str, *parts: str | None) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def chat_template_fingerprint(processor: Any, *, asked: bool = False) -> str:
 
 
 def former_chat_template_fingerprint(processor: Any) -> str | None:
-    """The fingerprint that caches carry which were dumped before generation prompts were left out of it.
+    """The fingerprint of caches that were dumped while it still covered generation prompts.
 
     None where the template refuses its probe conversations: no such cache exists.
     """

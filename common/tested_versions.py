@@ -50,14 +50,14 @@ Standing = Literal["tested", "source-checked", "untested", "missing"]
 
 
 class Found(NamedTuple):
-    """One distribution: what is installed beside what was tested."""
+    """One distribution: the installed and the tested release."""
 
     name: str
     """Distribution, as pip names it."""
     found: str | None
     """Installed version, local part included (`2.13.0+cpu`); None: not installed."""
     tested: str
-    """The tested release or releases, in words."""
+    """The tested release or releases, as text."""
     standing: Standing
     """How the two compare."""
 

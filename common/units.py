@@ -1,4 +1,4 @@
-"""Sizes as people write them: `2GB`, `512 MiB`, `1.5e9`."""
+"""Sizes with units: `2GB`, `512 MiB`, `1.5e9`."""
 
 import math
 import re
@@ -16,14 +16,14 @@ _SIZE = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
 def parse_bytes(text: str, *, name: str) -> int:
-    """Bytes that a text stands for.
+    """Parse a size into bytes.
 
     Args:
         text: A number with or without a unit: B, kB, MB, GB, TB (powers of 1000), KiB … TiB (of 1024).
         name: The setting, for the message.
 
     Raises:
-        ConfigError: It is no size.
+        ConfigError: The text is not a size.
     """
     found = _SIZE.fullmatch(text)
     unit = _UNITS.get(found[2].lower()) if found else None

@@ -6,8 +6,8 @@
 
 145 GB take minutes to hash, and one running digest cannot be split over threads; it is what existing caches
 carry, so it stays, threads read ahead of it, and the result is remembered. A file that was written, replaced
-or touched has another state and is hashed again: its status-change time tells even when size and
-modification time were set back. What no time stamp tells (a disk changed under the file system) is not
+or touched has another state and is hashed again: its status-change time differs even when size and
+modification time were set back. A change that no time stamp records (below the file system) is not
 noticed; remove the memory to have everything hashed again.
 """
 
@@ -45,7 +45,7 @@ _PATIENCE_SECONDS: Final = 3.0
 
 
 def weights_sha256(directory: Path) -> str:
-    """Hash a model directory's weight files, in name order, or remember what that gave.
+    """Hash a model directory's weight files, in name order, or return the remembered digest.
 
     Args:
         directory: A local model directory, or the snapshot directory of a hub model.
@@ -106,7 +106,7 @@ def _read_ahead(file: Path, pool: ThreadPoolExecutor) -> Iterator[bytes]:
             while pending:
                 yield pending.popleft().result()
         finally:
-            for future in pending:  # the file stays open until nobody reads it
+            for future in pending:  # the file stays open until all reads are done
                 with contextlib.suppress(OSError):
                     future.result()
 
@@ -167,7 +167,7 @@ def _is_digest(value: object) -> bool:
 
 
 def _remember(memory: Path, state: str, digest: str) -> None:
-    """Add an entry, whole or not at all; a directory that cannot be written costs time, nothing else."""
+    """Add an entry, whole or not at all; a directory that cannot be written only costs time."""
     with contextlib.suppress(OSError):
         memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         known = _recall(memory)
@@ -175,7 +175,7 @@ def _remember(memory: Path, state: str, digest: str) -> None:
         kept = dict([*known.items(), (state, digest)][-_MOST_ENTRIES:])
         handle, partial = tempfile.mkstemp(dir=memory.parent, prefix=".weights-", suffix=".partial")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:  # mkstemp: nobody else reads or writes it
+            with os.fdopen(handle, "w", encoding="utf-8") as file:  # mkstemp: only this user may read it
                 json.dump(kept, file, indent=0)
             Path(partial).replace(memory)
         finally:

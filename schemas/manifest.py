@@ -47,7 +47,7 @@ class TeacherIdentity(Frozen):
     quantization: str | None = None
     """Engine quantisation, if any."""
     engine: dict[str, str] = {}
-    """Further engine arguments that may change what is computed, values as JSON."""
+    """Engine arguments, `capture` and `batch_invariant` where they may change values; values as JSON."""
 
 
 class Fingerprints(Frozen):
@@ -56,7 +56,7 @@ class Fingerprints(Frozen):
     tokenizer: str
     """Token ids of a probe text plus the id of every token."""
     chat_template: str
-    """The rendered template on a probe conversation."""
+    """What training text depends on: the template rendered on probe conversations."""
     image_processor: str
     """Settings that may change pixels or the number of image tokens: the hash of `image_settings`."""
 
@@ -178,16 +178,16 @@ class Manifest(Frozen):
     encoding: Encoding = Encoding()
     """How arrays lie on disk."""
     part_samples: int = Field(ge=1, le=1 << 31)
-    """Samples a part, except the last."""
+    """Samples per part, except the last."""
     with_images: bool = False
     """Whether the encoded image files are in the cache, so that a student needs no other data."""
     without_text: bool = False
-    """Whether token ids outside images were taken out: they have to be told again from the data."""
+    """Whether token ids outside images were removed: the student re-tokenises them from the data."""
     derived_from: Derived | None = None
     """The fuller cache this one was taken from, if it is not a dump of its own."""
     image_settings: dict[str, JsonValue] = {}
-    """Every setting of the image processor that its fingerprint covers; empty in caches of the first days,
-    whose fingerprint covered some of them."""
+    """Every setting of the image processor that its fingerprint covers; empty in caches before this field,
+    whose fingerprint covers only some of them."""
     tools: dict[str, str] = {}
     """Versions of cascache, vllm, torch, transformers, zarr that wrote it."""
 

@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="a level's cache; made unless given")
     parser.add_argument("--student", help="with --cache: the student")
     parser.add_argument("--teacher", help="with --cache: the cache's teacher")
-    parser.add_argument("--batch", type=int, default=8, help="samples a step")
+    parser.add_argument("--batch", type=int, default=8, help="samples per step")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--way", action="append", choices=WAYS, help="only these ways")
     parser.add_argument("--wait-steps", type=int, default=16)

@@ -1,4 +1,4 @@
-"""Hold what the capture uses of vLLM against the source of a release that is not installed.
+"""Check what the capture uses of vLLM against the source of a release that is not installed.
 
     pip download --no-deps vllm==0.33.0 --dest wheels
     python -m scripts.check_vllm_source wheels/vllm-0.33.0-*.whl [site-packages …]
@@ -36,7 +36,7 @@ class Verdict:
     found: str
     """`file.py:line`, or empty."""
     problem: str
-    """What is wrong, in words; empty: nothing."""
+    """What is wrong; empty when nothing is."""
     used: tuple[str, ...]
     """Lines of teacher_dump that use the name."""
     why: str
@@ -44,7 +44,7 @@ class Verdict:
 
 
 def check(source: Source, expected: Sequence[Expected] = EXPECTED, uses: Uses | None = None) -> list[Verdict]:
-    """Hold every expectation against a source.
+    """Check every expectation against a source.
 
     Args:
         source: From `open_source`.
@@ -128,7 +128,7 @@ def to_report(source: Source, verdicts: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def print_table(source: Source, verdicts: Sequence[Verdict]) -> None:
-    """The same for people: what is missing comes last, where a terminal shows it."""
+    """The same as a table: what is missing comes last, where a terminal shows it."""
     width = max(len(each.name) for each in verdicts)
     for each in sorted(verdicts, key=lambda each: bool(each.problem)):
         used = ", ".join(each.used[:2]) + (" …" if len(each.used) > 2 else "")

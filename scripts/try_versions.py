@@ -1,4 +1,4 @@
-"""Run the tests that a dependency matters to under other releases of it, laid over the environment.
+"""Run the tests that involve a dependency under other releases of it, installed into an overlay directory.
 
     python -m scripts.try_versions                        every trial of the table
     python -m scripts.try_versions transformers zarr      the trials of these
@@ -56,7 +56,7 @@ TESTS = {
     "transformers": STUDENT,
     "zarr": CACHE[:1],
 }
-"""Distribution to the tests that it matters to."""
+"""Distribution to the tests that involve it."""
 
 TRIALS = (
     "accelerate==1.1.0",
@@ -93,14 +93,14 @@ TRIALS = (
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a trial."""
+    """The result of a trial."""
 
     packages: str
     """What was laid over."""
     passed: bool
     """Whether every test passed."""
     summary: str
-    """Pytest's last line, or what pip said."""
+    """Pytest's last line, or pip's error."""
     seconds: float
     """Time of the tests."""
 

@@ -3,9 +3,9 @@
     Member   a class or module has a name; a function takes these parameters first
     Call     a function calls a name, with these arguments, under no condition
     Text     a file has a string: a setting of the environment, a lazy attribute
-    Absent   a class does not have a name: how one runner is told from the other
+    Absent   a class does not have a name: how the two runners are distinguished
 
-`scripts/check_vllm_source.py` holds a release against it; a test holds it against teacher_dump, so that
+`scripts/check_vllm_source.py` checks a release against it; a test checks it against teacher_dump, so that
 every name of vLLM's that is used there is here.
 """
 
@@ -40,7 +40,7 @@ class Call:
     why: str
     """What the capture takes from being called there."""
     takes: tuple[str, ...]
-    """First arguments as they are written; `…` stands for any."""
+    """First arguments as they are written; `…` matches any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Absent:
     name: str
     """Attribute or method."""
     why: str
-    """What its absence says."""
+    """What its absence means."""
 
 
 Expected = Member | Call | Text | Absent
@@ -221,7 +221,7 @@ _HEADS: list[Expected] = [
     ),
     Member("model_executor/layers/linear.py", "UnquantizedLinearMethod", "a head as it is"),
     Member("config/model.py:ModelConfig", "head_dtype", "what the head computes in"),
-    *_members(_SHARD, "rows that stand for real tokens", "org_vocab_start_index org_vocab_end_index"),
+    *_members(_SHARD, "rows that belong to real tokens", "org_vocab_start_index org_vocab_end_index"),
     Member("model_executor/layers/logits_processor.py:LogitsProcessor", "soft_cap", "logits must be linear"),
 ]
 
@@ -255,7 +255,7 @@ _OFFLINE: list[Expected] = [
     Member("platforms/interface.py:Platform", "is_cpu", "whether this is a CPU"),
     *_members(
         "sampling_params.py:SamplingParams",
-        "wishes of a sample",
+        "what a sample asks for",
         "max_tokens temperature seed detokenize logit_bias extra_args skip_reading_prefix_cache "
         "prompt_logprobs flat_logprobs",
     ),
@@ -304,7 +304,7 @@ UNCHECKED = (
     "hidden states are those after the last norm, row by row those of the scheduled tokens: tests compare "
     "captured logits with transformers, and `teacher-dump verify` does on any machine"
 )
-"""What no source check can tell."""
+"""What a source check cannot show."""
 
 
 OPTIONAL = {"swa_bounded_replay"}

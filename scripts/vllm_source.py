@@ -37,7 +37,7 @@ class Source:
     Args:
         names: Paths below `vllm/`.
         read: Text of one of them.
-        release: Its version, as its metadata say.
+        release: Its version, from its metadata.
         requires: Its `Requires-Dist` lines.
     """
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         said = str(stop) or "the last checkpoint stands"
-        print(f"student-train: interrupted, {said}; the same command goes on from there", file=sys.stderr)
+        print(f"student-train: interrupted, {said}; the same command resumes from there", file=sys.stderr)
         return 130
 
 
@@ -109,7 +109,7 @@ def _report(summary: dict[str, Any]) -> str:
     if not summary["finished"]:
         lines.append(
             f"stopped at step {summary['steps']} of {summary['total_steps']}; "
-            f"run again without --max-steps to go on"
+            f"run again without --max-steps to continue"
         )
     else:
         lines.append(f"model: {summary['model']} ({summary['steps']} steps, {summary['seconds']:.0f} s)")

@@ -1,4 +1,4 @@
-"""What `student-train` can be told. One model: flags, help text and the TOML table come from it."""
+"""Settings of `student-train`. One model: flags, help text and the TOML table come from it."""
 
 from typing import Annotated, Literal
 
@@ -20,27 +20,27 @@ class TrainConfig(ProcessorOptions):
     student: str | None = None
     """Preset, model directory or hub id; default: the smallest preset of the teacher's family."""
     data: str | None = None
-    """Samples whose images are read; default: where the cache says the dump found them."""
+    """Samples whose images are read; default: the path recorded in the cache."""
     image_root: str | None = None
     """Directory that relative image paths start from."""
     out: str | None = None
     """Run directory: checkpoints, metrics and the model; default: runs/<student>-<caches>."""
     recipe: str | None = None
-    """`cascade` (dpt, sft, dft, then dft a level), `pt-sft`, `pt-sft-sft`, or a recipe.toml."""
+    """`cascade` (dpt, sft, dft, then dft per level), `pt-sft`, `pt-sft-sft`, or a recipe.toml."""
     eval: str | None = None
     """Held-out samples to answer after training."""
     eval_steps: int | None = Field(None, ge=1)
-    """Answer them every so many steps too, and keep the best student so far in model-best/."""
+    """Also answer them every N steps, and keep the best student so far in model-best/."""
     eval_limit: int | None = Field(None, ge=1)
-    """Only so many questions while training."""
+    """Answer at most N questions per evaluation during training."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of a moving average of the weights, saved beside the student as model-ema/."""
     seed: int = Field(0, ge=0)
     """Seed of sample order and of every random choice."""
     micro_batch: int | None = Field(None, ge=1)
-    """Samples a forward pass in one process; default: the stage's share in one pass."""
+    """Samples per forward pass in each process; default: its whole share of the batch."""
     tokens_per_batch: int | None = Field(None, ge=1)
-    """Real tokens an optimiser step, instead of the recipe's batch sizes: less padding for ragged samples."""
+    """Real tokens per optimiser step instead of the recipe's batch sizes: less padding for ragged samples."""
     image_grid: Literal["teacher", "own"] = "teacher"
     """`own`: the student's image processor may differ; visual_kl is left out, relations are resampled."""
     precision: Precision = "fp32"
@@ -58,7 +58,7 @@ class TrainConfig(ProcessorOptions):
     shuffle_blocks: int = Field(8, ge=1)
     """Blocks that are mixed with each other when the order is drawn."""
     pixel_cache_mb: int = Field(512, ge=0)
-    """Memory for preprocessed pixels that come again, in megabytes."""
+    """Memory for preprocessed pixels that are used again, in megabytes."""
     save_steps: int = Field(200, ge=1)
     """Steps from one checkpoint to the next; the last two are kept."""
     log_steps: int = Field(10, ge=1)
@@ -66,11 +66,11 @@ class TrainConfig(ProcessorOptions):
     tensorboard: bool = True
     """Write metrics for TensorBoard as well as metrics.jsonl."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after this many steps in all; the same command without it goes on."""
+    """Stop after this many steps in all; the same command without it continues."""
     overfit_one_batch: bool = False
     """Debugging: every step of a stage sees the stage's first batch."""
     term_gradients: int | None = Field(None, ge=1)
-    """Debugging: every so many steps, log how hard each term pulls at the hidden states (`pull/...`)."""
+    """Debugging: every N steps, log each term's gradient norm at the hidden states (`pull/...`)."""
     profile: bool = False
     """Debugging: write a torch profiler trace of a few steps to the run directory."""
     detect_anomaly: bool = False

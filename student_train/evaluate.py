@@ -2,7 +2,7 @@
 
 sample ──every assistant turn──> question (turns before it), reference
        ──chat template──> prompt ──generate, greedy, batched by length──> answer
-answer = reference (thoughts, case, outer white space and a final full stop aside)  ──> share right per kind
+answer = reference (without thoughts, case, outer white space, final full stop)  ──> share right per kind
                                                                            ──> mean over kinds
 """
 
@@ -254,7 +254,7 @@ def generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        repetition_penalty=1.0,  # a model's own settings may hold one; the likeliest token is wanted
+        repetition_penalty=1.0,  # a model's own settings may set one; the likeliest token is wanted
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         eos_token_id=stop_ids(model, processor),
     )

@@ -288,7 +288,7 @@ def load_student(path: str, *, revision: str | None = None, dtype: torch.dtype =
     if report["missing_keys"]:
         raise ConfigError(
             f"{path} lacks weights {sorted(report['missing_keys'])[:3]}...: they would start at random; "
-            f"mend the directory"
+            f"fix the directory"
         )
     return Student(model, path)
 
@@ -331,7 +331,7 @@ def save_student(
 
 
 def _complete_sampling(generation: Any) -> None:
-    """Say that a model samples whose files name a temperature, as old checkpoints leave it out.
+    """Set `do_sample` for a model whose files set a temperature without it, as old checkpoints do.
 
     transformers 5 reads such a file and refuses to write it: a run would end without its student.
     """

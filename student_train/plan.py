@@ -216,10 +216,10 @@ def make_plan(config: TrainConfig) -> Plan:
 
 
 def load_own_processor(student: ModelRef, config: TrainConfig, levels: Sequence[Level]) -> Any:
-    """The student's processor: image bounds that no flag sets are those of the first level.
+    """The student's processor: image bounds that no flag sets come from the first level.
 
     Raises:
-        ConfigError: It has none that can be used.
+        ConfigError: It has no usable processor.
     """
     level = levels[0].manifest if config.image_grid == "teacher" else None
     return load_processor(student.path_or_id, revision=student.revision, options=config, level=level)

@@ -187,11 +187,11 @@ def read_recipe(path: Path, *, base: str) -> Recipe:
             f"recipe file {path} does not exist; {hint}name a file or one of {', '.join(PRESETS)}"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not valid TOML: {error}; mend it") from error
+        raise ConfigError(f"recipe {path} is not valid TOML: {error}; fix it") from error
     unknown = set(table) - {"base", "levels"}
     if unknown or not isinstance(table.get("levels"), list):
         raise ConfigError(
-            f"recipe {path} wants [[levels]] and an optional base, found {sorted(table)}; mend it"
+            f"recipe {path} wants [[levels]] and an optional base, found {sorted(table)}; fix it"
         )
     named = STAGES.get(table.get("base", base))
     if named is None:
@@ -218,7 +218,7 @@ def _read_stage(entry: object, named: Mapping[str, Stage], path: Path) -> Stage:
         return Stage.model_validate({**named[like].model_dump(), **changes})
     except ValidationError as error:
         problems = "; ".join(map(_describe, error.errors(include_url=False)))
-        raise ConfigError(f"recipe {path}, stage {changes['name']!r}: {problems}; mend it") from error
+        raise ConfigError(f"recipe {path}, stage {changes['name']!r}: {problems}; fix it") from error
 
 
 def _describe(problem: Any) -> str:

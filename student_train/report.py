@@ -22,7 +22,7 @@ COURSE: Final = {
     "loss": "loss: sum of the weighted terms",
     "grad_norm": "gradient norm before clipping",
     "learning_rate": "learning rate",
-    "tokens_per_second": "tokens a second",
+    "tokens_per_second": "tokens per second",
     "data_wait_share": "share of a step waited for data",
     "padding_share": "share of positions that is padding",
     "eval/accuracy": "accuracy on held-out questions",
@@ -181,7 +181,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         each("levels", [len(run.identity.get("caches", {})) for run in runs]),
         each("seed", [run.identity.get("seed") for run in runs]),
         each("steps", [_steps(run) for run in runs]),
-        each("milliseconds a step, median", [_step_milliseconds(run) for run in runs]),
+        each("milliseconds per step, median", [_step_milliseconds(run) for run in runs]),
         each("model", [run.summary.get("model") for run in runs]),
     ]
 

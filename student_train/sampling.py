@@ -79,7 +79,7 @@ class Sampler(ABC):
         if not self.num_samples:
             raise ConfigError(
                 f"stage {stage.name!r} wants kinds {list(stage.kinds) or 'any'}, {where} has "
-                f"{sorted(labels)}; mend the recipe"
+                f"{sorted(labels)}; fix the recipe"
             )
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -142,7 +142,7 @@ class TokenSampler(Sampler):
         longest = int(self._lengths[self._selected].max())
         if longest > self._budget:
             raise ConfigError(
-                f"stage {stage.name!r} wants {self._budget} tokens a batch, {where} has a sample of "
+                f"stage {stage.name!r} wants {self._budget} tokens per batch, {where} has a sample of "
                 f"{longest}; raise tokens_per_batch"
             )
         self._batches = lru_cache(maxsize=2)(self._pack_epoch)

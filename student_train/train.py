@@ -6,7 +6,7 @@
              model/ ──> evaluation ──> summary.json
 
 The student is carried over from stage to stage; the optimiser starts anew in each. Killed at any
-moment, the same command goes on from the last checkpoint and ends with the same weights.
+moment, the same command resumes from the last checkpoint and ends with the same weights.
 """
 
 import shutil

@@ -1,11 +1,11 @@
-"""Which of vLLM's engine arguments a user may set, and what each means for a level.
+"""Which of vLLM's engine arguments a user may set, and how each affects a level.
 
 Every argument is one of these:
 
-    owned      the dump sets it itself: refused, with the flag that says the same
+    owned      the dump sets it itself: refused, with the equivalent flag
     refused    it would make captured values wrong or missing: refused, with the reason
-    harmless   speed and memory: free
-    others     may change what is computed: free, recorded in the level's identity
+    harmless   affects only speed and memory: allowed
+    others     may change what is computed: allowed, recorded in the level's identity
     unknown    vLLM has no such argument: refused, with the nearest name
 """
 
@@ -41,7 +41,7 @@ _OWNED_ARGUMENTS = {
     "mm_processor_kwargs": "--max-pixels and --min-pixels",
     "logprobs_mode": None,
 }
-"""vLLM arguments that the dump sets itself, and the flag that says the same."""
+"""vLLM arguments that the dump sets itself, and the equivalent flag."""
 
 _SKIPS = "it leaves out prompt positions, whose rows would be wrong"
 _ELSEWHERE = "keys and values would come from elsewhere, and rows of those positions are never computed"
@@ -54,9 +54,9 @@ _ANSWERS = "the dump sets every sampling parameter itself; see --response-temper
 _REFUSED_ARGUMENTS = {
     "kv_sharing_fast_prefill": _SKIPS,
     "swa_bounded_replay": _SKIPS,
-    "prefill_context_parallel_size": "each worker would compute a share of the positions, and see no others",
+    "prefill_context_parallel_size": "each worker would compute only a share of the positions",
     "kv_transfer_config": _ELSEWHERE,
-    "ec_transfer_config": "image states would come from elsewhere, under names that nobody compares",
+    "ec_transfer_config": "image states would come from elsewhere, under names that are not compared",
     "kv_offloading_size": _ELSEWHERE,
     "speculative_config": _DRAFTS,
     "spec_method": _DRAFTS,
@@ -90,7 +90,7 @@ _OFF = {
     "convert": ("auto", "none"),
     "generation_config": ("auto", "vllm"),
 }
-"""Values, besides false and nothing, that leave a refused argument off."""
+"""Values, besides false and None, under which a refused argument has no effect."""
 
 _HARMLESS_ARGUMENTS = frozenset(
     {

@@ -1,14 +1,14 @@
-"""Which part was being computed when a process died, so that the same command again gets past it.
+"""Which part was being computed when a process died, so that the next run can isolate the sample.
 
     zarr/l1/                   the cache
     zarr/l1.attempts/
         00003.json             {"identity": "…", "deaths": 2, "condemned": [a sample and why]}
 
 A file is written before its part is computed and removed when that ended in any way but the death of the
-process: a result, an error in words, Ctrl-C. So a count of deaths that is still there was left by a process
-that was killed, or that its own engine took along. After `CAREFUL_AFTER` deaths in one part the engine is
+process: a result, an error, Ctrl-C. So a remaining count of deaths was left by a process
+that was killed, or that died with its engine. After `CAREFUL_AFTER` deaths in one part the engine is
 started in a process of its own, where a sample that kills it can be found (see `teacher_dump.isolate`).
-Samples that were found so are written down at once: a dump that is killed while it searches keeps them.
+Samples that are found are recorded at once, so that a dump that is killed during the search keeps them.
 
 Nothing here is part of the cache. Removing the directory has every sample tried again.
 """
@@ -26,7 +26,7 @@ from teacher_dump.quarantine import place_beside
 log = logging.getLogger(__name__)
 
 CAREFUL_AFTER = 2
-"""Deaths in one part after which its engine runs in a process of its own; one may be anybody's `kill`."""
+"""Deaths in one part after which its engine runs in a process of its own; one may be a manual `kill`."""
 
 
 class _Known(Frozen):
@@ -49,7 +49,7 @@ class Attempt:
         """Samples that killed the engine, in this attempt or an earlier one, by id."""
 
     def condemn(self, sample: Quarantined) -> None:
-        """Write down a sample that killed the engine."""
+        """Record a sample that killed the engine."""
         self.condemned[sample.sample_id] = sample
         self._record.write(self._part, self._record.deaths(self._part), self.condemned)
 
@@ -62,12 +62,12 @@ class AttemptLog:
 
         Args:
             directory: Where its files are; made when something is written.
-            identity: Hash of the cache's identity: files of another one count for nothing.
+            identity: Hash of the cache's identity: files of another identity are ignored.
         """
         self.directory, self._identity = directory, identity
 
     def deaths(self, part: int) -> int:
-        """Processes that died while they computed a part, since it was last computed in peace."""
+        """Processes that died while computing a part, since it was last computed without one."""
         return self._read(part).deaths
 
     def deadly(self, parts: Iterable[int]) -> list[int]:
@@ -76,7 +76,7 @@ class AttemptLog:
 
     @contextmanager
     def attempt(self, part: int) -> Iterator[Attempt]:
-        """Count a death until the block is left, by whatever way."""
+        """Count a death until the block exits, by any means."""
         before = self._read(part)
         condemned = {each.sample_id: each for each in before.condemned}
         self.write(part, before.deaths + 1, condemned)
@@ -98,7 +98,7 @@ class AttemptLog:
             self.directory.rmdir()
 
     def write(self, part: int, deaths: int, condemned: dict[str, Quarantined]) -> None:
-        """Replace a part's file, whole or not at all; nothing to say removes it."""
+        """Replace a part's file, atomically; without deaths or samples it is removed."""
         if not deaths and not condemned:
             self.forget(part)
             return

@@ -6,7 +6,7 @@
 
 A cache of a float32 teacher differs by its encoding only; of a bfloat16 one also by rounding, which vLLM
 and transformers do in another order. A teacher that did not see an image, another prompt or shifted rows
-lie far beyond either.
+differ far more than either.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ class Tally:
     """Differences of one kind of rows."""
 
     def __init__(self, *, normalised: bool = False) -> None:
-        """Start with none; `normalised` says that the cache holds log-probs as its logits."""
+        """Start with none; `normalised` means that the cache holds log-probs in place of logits."""
         self._normalised = normalised
         self.rows = 0
         self.logit_error = 0.0
@@ -141,7 +141,7 @@ def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
     with CacheReader(config.cache) as cache:
         manifest = cache.manifest
         if not cache.num_samples:
-            raise PartMissing(f"{config.cache} holds no sealed sample yet; let the dump go on first")
+            raise PartMissing(f"{config.cache} has no sealed sample yet; continue the dump first")
         source = _open_data(config, manifest)
         dtype = manifest.teacher.dtype if config.dtype == "auto" else config.dtype
         limit = config.max_kl or allowed_kl(manifest, dtype)
@@ -198,7 +198,7 @@ def _open_data(config: AuditConfig, manifest: Manifest) -> SampleSource:
     found = manifest.data_source
     data = config.data or recorded_path(found.path if found else None)
     if data is None:
-        where = f"was dumped from {quote(found.path)}" if found else "does not say where its data is"
+        where = f"was dumped from {quote(found.path)}" if found else "does not record where its data is"
         raise ConfigError(f"{config.cache} {where}, which is no file here; name the data with --data")
     return open_source(data, image_root=config.image_root or (found.image_root if found else None))
 
@@ -221,7 +221,7 @@ def allowed_kl(manifest: Manifest, dtype: str) -> float:
 def _open_teacher(
     config: AuditConfig, manifest: Manifest, dtype: str, *, longest: int
 ) -> tuple[Reference, torch.Tensor | None, str]:
-    """The teacher, its head's gram where relations are of logits, and how it computes in words."""
+    """The teacher, its head's gram where relations are of logits, and a description of how it computes."""
     ref = resolve_model(config.model or manifest.teacher.model)
     teacher = find_teacher(ref, dtype=dtype, with_weights=True, options=config, level=manifest)
     needed = needed_bytes(
@@ -254,7 +254,7 @@ def _open_teacher(
 
 
 def _images(record: Record, source: SampleSource, rows: dict[str, int]) -> list[Any]:
-    """The sample's images, decoded, those the teacher is said to have seen."""
+    """The sample's images, decoded and checked against the hashes in the cache."""
     if record.sample_id not in rows:
         raise MismatchError(
             f"{source.path} has no sample {record.sample_id!r}; point --data at the samples that were dumped"

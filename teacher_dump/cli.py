@@ -18,7 +18,7 @@ _EPILOG = """examples:
   teacher-dump --model 7b --data train.json --dry-run   what it would cost
   teacher-dump ... --dry-run --sample-estimate 64       the same, measured on 64 samples
   teacher-dump verify ./zarr/l1 --sample 32             compute samples again and compare
-A run that was stopped goes on when the same command is given again."""
+A run that was stopped resumes when the same command is given again."""
 
 EXIT_DIFFERS = 1
 EXIT_ERROR = 2
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {line}")
         return EXIT_ERROR
     except KeyboardInterrupt:
-        _say("stopped; sealed parts are kept, nothing is half written; give the same command again to go on")
+        _say("stopped; sealed parts are kept, nothing is half written; run the same command again to resume")
         return EXIT_INTERRUPTED
     print(json.dumps(result) if config.json_ else _sentence(result))
     return 0

@@ -27,9 +27,9 @@ class Measure:
     """Averages over a few prepared samples."""
 
     positions: float
-    """Expanded positions a sample."""
+    """Expanded positions per sample."""
     response_rows: float
-    """Response rows a sample."""
+    """Response rows per sample."""
     image_positions: float
     """Positions per image; 0 when no sample has one."""
     images: float = 0.0
@@ -184,7 +184,7 @@ def check_disk(config: DumpConfig, described: dict[str, Any]) -> None:
 
 
 def _free_bytes(out: str) -> int | None:
-    """Room where the cache will lie; an object store has no end."""
+    """Free space where the cache will be written; an object store has no limit."""
     return None if "://" in out else shutil.disk_usage(_existing(Path(out))).free
 
 

@@ -1,11 +1,11 @@
-"""The same parts as a Ray Data job: one actor an engine, on one machine or over a cluster.
+"""The same parts as a Ray Data job: one engine per actor, on one machine or over a cluster.
 
     unsealed parts ──data set──> PartActor (engine, writer) ──> sealed part, or the error in words
                                  PartActor (engine, writer) ──>
 
 Ray restarts lost actors and repeats the part they were in; a part that two actors wrote is sealed once.
 The driver computes nothing: it reads seals, counts quarantined samples and stops the job when there are
-too many. Data and cache must lie where every machine reaches them by the same path.
+too many. Every machine must reach data and cache by the same path.
 
 On CPUs each actor binds itself to cores of its own. Which ones is settled by locks on files, which the
 kernel releases when an actor dies, so that its successor takes its place.
@@ -43,8 +43,8 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 _MOST_RESTARTS = 16
 """Times that Ray starts one actor again after its process died."""
 _MOST_RETRIES = 5
-"""Times that one part is tried again after its actor's process died; `CAREFUL_AFTER` of them find out that
-the engine should not share the actor's process."""
+"""Times that one part is tried again after its actor's process died; after `CAREFUL_AFTER` of them
+the engine gets a process of its own."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -119,7 +119,7 @@ def dump_parts(
 
 
 def _lost(error: Exception) -> str:
-    """What to say when Ray gave up."""
+    """The message when Ray gave up."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
         f"Ray lost a worker more than {_MOST_RETRIES} times in one part, or {_MOST_RESTARTS} times in all: "
@@ -179,7 +179,7 @@ class PartActor:
     """Lives in a Ray worker: owns an engine and writes whole parts."""
 
     def __init__(self, config: str, manifest: str, attempts: str, cores: int) -> None:
-        """Start the engine; what goes wrong is kept for the first part to tell.
+        """Start the engine; an error is kept and raised by the first part.
 
         Args:
             config: `DumpConfig` as JSON.
@@ -218,7 +218,7 @@ class PartActor:
         self._capture = make_capture(engine, config, teacher, manifest.capture, self._said.append)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the parts of a batch; an error stands in the row of its part."""
+        """Write the parts of a batch; an error is returned in the row of its part."""
         errors = [self._dump(int(part)) for part in batch["part"]]
         return {
             "part": np.asarray(batch["part"]),

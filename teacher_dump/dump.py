@@ -2,7 +2,7 @@
 
     plan ──part──> prepare ahead (threads) ──wave──> engine ──records──> encode and seal (thread)
 
-What is sealed stays; whatever stops the run, the same command goes on from the last seal.
+What is sealed stays; whatever stops the run, the same command resumes from the last seal.
 """
 
 import sys
@@ -50,7 +50,7 @@ Say = Callable[[str], None]
 
 
 def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
-    """Dump a level, or go on with one.
+    """Dump a level, or resume one.
 
     Args:
         config: The settings.
@@ -121,7 +121,7 @@ def dump(config: DumpConfig, say: Say) -> dict[str, Any]:
 def preview(
     config: DumpConfig, teacher: Teacher, plan: Plan, preparer: Preparer, source: SampleSource
 ) -> dict[str, Any]:
-    """The plan with its estimate, and what can be told of bad samples, as JSON types.
+    """The plan with its estimate, and the known bad samples, as JSON types.
 
     Raises:
         CascacheError: Nothing of it can be dumped, or a trial was asked for and fails.
@@ -155,7 +155,7 @@ class Job:
 
     @property
     def attempts(self) -> AttemptLog:
-        """What earlier runs left of parts that killed them."""
+        """The log of parts that earlier runs died in."""
         identity = identity_sha256(self.writer.manifest)
         return AttemptLog(attempts_place(self.config.out), identity)
 

@@ -1,13 +1,13 @@
-"""The only door to vLLM: start it, hand it a wave of samples, take out what the capture kept.
+"""The interface to vLLM: start it, submit a group of samples, collect what the capture kept.
 
     with Engine(settings) as engine:
         answers = engine.answer(questions)      the teacher's own answers, where it gives them
         results = engine.run(submissions)       one Captured per submission, in order
 
 With the prefix cache on, a sample that asks for no image of its own takes up the image's keys and
-values from an earlier one; what it wants itself is computed, or asked for again without the cache.
+values from an earlier one; its own rows are computed, or requested again without the cache.
 
-A wave is submitted whole and drained whole, so the batches that vLLM forms depend on the samples
+A group is submitted and drained as a whole, so the batches that vLLM forms depend on the samples
 alone and a rerun gives the same bits with the engine in this process on a CPU. Elsewhere batches depend
 on when samples arrive, and a rerun gives the same values up to rounding.
 
@@ -77,9 +77,9 @@ class EngineSettings:
     max_num_seqs: int = 64
     """Samples computed at a time."""
     max_num_batched_tokens: int | None = None
-    """Positions a step; None chooses one that holds a whole sample."""
+    """Positions per step; None chooses a value that fits a whole sample."""
     tensor_parallel: int = 1
-    """Devices a layer is spread over."""
+    """Devices that each layer is spread over."""
     pipeline_parallel: int = 1
     """Groups of devices that layers are spread over."""
     inside: bool | None = None
@@ -116,7 +116,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt for the teacher to go on from."""
+    """A prompt for the teacher to continue."""
 
     prompt: Prompt
     """Its tokens."""
@@ -134,14 +134,14 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the teacher said, or why not."""
+    """What the teacher generated, or why it did not."""
 
     token_ids: NDArray[np.int32]
     """[n] ids, the end-of-turn token included when it came."""
     finished: bool
     """Whether the teacher ended by itself."""
     problem: str | None = None
-    """What went wrong, in words."""
+    """What went wrong, as a message."""
     reason: str = "engine-refused"
     """One word for it."""
 
@@ -249,7 +249,7 @@ class Engine:
 
         self.close()
         self.settings = replace(self.settings, inside=False)
-        envs.disable_envs_cache()  # an engine in this process had the choice of process remembered
+        envs.disable_envs_cache()  # vLLM caches the variable that chooses the process
         self.__enter__()
 
     def _wait(self) -> Any:
@@ -260,7 +260,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _stopping(self, doing: str) -> Iterator[None]:
-        """Whatever vLLM raises meanwhile means that it stopped: it knows no class of error for that."""
+        """Whatever vLLM raises meanwhile means that it stopped: it has no error class for that."""
         try:
             yield
         except CascacheError:
@@ -273,7 +273,7 @@ class Engine:
             ) from error
 
     def run(self, submissions: Sequence[Submission]) -> list[Captured]:
-        """Compute a wave of samples.
+        """Compute a group of samples.
 
         Returns:
             One result per submission, in order; a refused one carries its problem.
@@ -290,7 +290,7 @@ class Engine:
         return found
 
     def _run(self, submissions: Sequence[Submission], *, whole: bool) -> list[Captured]:
-        """Compute a wave; `whole` takes nothing from the prefix cache."""
+        """Compute a group; `whole` takes nothing from the prefix cache."""
         refused: dict[str, Captured] = {}
         submitted: list[Submission] = []
         with self._stopping("computing"):
@@ -343,7 +343,7 @@ class Engine:
             self._llm.llm_engine.reset_encoder_cache()
 
     def answer(self, questions: Sequence[Question]) -> list[Answer]:
-        """Let the teacher answer a wave of questions.
+        """Let the teacher answer a group of questions.
 
         Returns:
             One answer per question, in order; a refused one carries its problem.
@@ -385,19 +385,19 @@ class Engine:
         self._call(lambda: self._llm.collective_rpc("cascache_mask_padding"))
 
     def _biased(self, banned: Sequence[int]) -> list[int]:
-        """Those of the banned ids that vLLM has to be told of, for every question."""
+        """Those of the banned ids that every question passes to vLLM."""
         return [each for each in banned if each < self.settings.capture.vocab_size]
 
     def forget(self) -> None:
         """Empty the prefix cache, so that what follows does not depend on what came before.
 
         Raises:
-            EngineError: vLLM keeps it, though nothing is being computed.
+            EngineError: vLLM does not clear it, although nothing is being computed.
         """
         with self._stopping("emptying its prefix cache"):
             emptied = self._llm is None or self._call(self._llm.reset_prefix_cache)
         if not emptied:
-            raise EngineError("vLLM does not let go of its prefix cache; run again with --no-prefix-cache")
+            raise EngineError("vLLM did not clear its prefix cache; run again with --no-prefix-cache")
 
     def _arguments(self) -> dict[str, Any]:
         settings = self.settings
@@ -457,7 +457,7 @@ def _to_answer(question: Question, output: Any) -> Answer:
     if np.isin(given, question.banned).any():
         return Answer(given, finished, "the answer holds an image token or a padding row", "banned-token")
     if not len(given):
-        return Answer(given, finished, "the teacher said nothing at all", "empty-response")
+        return Answer(given, finished, "the teacher generated an empty response", "empty-response")
     return Answer(given, finished)
 
 

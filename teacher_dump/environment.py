@@ -5,7 +5,7 @@ import os
 BATCH_INVARIANT = "VLLM_BATCH_INVARIANT"
 """Set to 1, vLLM's kernels give values that do not depend on what is computed together."""
 _DEFAULTS = {
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # libraries ask for GPUs: answered without initialising CUDA here
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # when libraries look for GPUs, CUDA is not initialised here
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }

@@ -73,7 +73,7 @@ def _check(sample: Sample, root: str | None, asks: bool, known: dict[str, bool])
             known[str(path)] = path.exists()
         if not known[str(path)]:
             raise DataError(
-                f"{sample.sample_id}: image {path} does not exist; mend the data or point "
+                f"{sample.sample_id}: image {path} does not exist; fix the data or point "
                 "--image-root at the images",
                 reason="image-missing",
             )

@@ -1,8 +1,8 @@
-"""Whether this machine can hold the teacher, asked before anything is loaded.
+"""Whether this machine can hold the teacher, checked before anything is loaded.
 
     files of the teacher ──> bytes per device ──> GPUs (nvidia-smi), or main memory and cores
 
-Only what is sure is refused: the weights, keys and values of one longest sample, one chunk of logits. vLLM
+Only certain failures are refused: the weights, keys and values of one longest sample, a chunk of logits. vLLM
 measures the rest when it starts.
 """
 
@@ -25,8 +25,8 @@ _PARALLEL = (2, 4, 8, 16, 32)
 def check_machine(config: DumpConfig, teacher: Teacher, *, max_len: int) -> None:
     """Refuse an engine that this machine cannot hold.
 
-    Nothing is refused where the devices are others' (a Ray cluster, vLLM builds for neither CUDA nor CPUs)
-    or cannot be asked.
+    Nothing is refused where the devices are elsewhere (a Ray cluster, vLLM builds for neither CUDA nor CPUs)
+    or cannot be queried.
 
     Args:
         config: The settings.
@@ -87,7 +87,7 @@ def _check_cpu(config: DumpConfig, teacher: Teacher, max_len: int) -> None:
     each, cores = config.tensor_parallel * config.pipeline_parallel, num_cores()
     if each > cores:
         raise ConfigError(
-            f"{_wanted(config)} need {each} cores, {cores} are here; ask for fewer, or none on a CPU"
+            f"{_wanted(config)} need {each} cores, {cores} are here; lower these flags, or omit them"
         )
     need = engine_need(config, teacher, max_len)
     wanted, found = config.workers * (need.weights + ENGINE_BYTES), free_memory()

@@ -79,7 +79,7 @@ def check_quantised_head(path: Path, *, computes_in: str | None, relates_logits:
 
 
 def quantised_head(path: Path) -> str | None:
-    """What shows that a checkpoint's head is quantised; None where nothing does.
+    """The evidence that a checkpoint's head is quantised; None without any.
 
     The tensors decide; where there are none (a hub model before its download), `config.json`.
     """

@@ -25,7 +25,7 @@ _TURNED = frozenset({5, 6, 7, 8})
 
 @dataclass(frozen=True, slots=True)
 class ImageSizes:
-    """What headers tell."""
+    """Statistics of the headers."""
 
     images: int
     """Images whose header was read."""
@@ -41,7 +41,7 @@ def measure_sizes(processor: Any, source: SampleSource, indices: NDArray[np.int6
     """Positions per image over many samples; None where no image can be read.
 
     Args:
-        processor: The teacher's; what is asked of it is its layout of a size.
+        processor: The teacher's, which lays out an image of a given size.
         source: The samples.
         indices: Samples to choose from.
     """

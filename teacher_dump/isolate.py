@@ -5,11 +5,11 @@
     [a b c d]           died      known to hold one, too
     [e f g h]           fine      records
     [a b] fine   [c d]            not tried whole: it must be one of these
-    [c]   fine   [d]    died      alone
+    [c]   fine   [d]    died      by itself
     [d]                 died      twice alone: quarantined as `engine-killed`
 
 Half of a group is tried before any half of a half, so whether the engine computes anything at all shows
-early: where no sample of a group can be computed, the engine is to blame, and the dump ends.
+early: if no sample of a group can be computed, the engine is at fault, and the dump ends.
 """
 
 import time
@@ -48,7 +48,7 @@ class _Suspects(NamedTuple):
 
 
 class Isolation:
-    """Computes groups of samples, and outlives the engine."""
+    """Computes groups of samples, and survives the engine's death."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Isolation:
         return [each if isinstance(each, Quarantined) else results[each.sample_id] for each in group]
 
     def prepare(self, action: Callable[[], None]) -> None:
-        """Have the engine do what a fresh one has no need of; one that died meanwhile is started again.
+        """Run an action that a fresh engine does not need; an engine that died meanwhile is restarted.
 
         Raises:
             EngineError: It does not start.
@@ -158,7 +158,7 @@ class Isolation:
         if not self._left:
             raise EngineStopped(
                 f"{self._cause}, after {self._allowed} starts: as many as --max-engine-restarts allows "
-                "in one run; what was learnt is kept: run the same command again to resume"
+                "in one run; the samples found so far are kept: run the same command again to resume"
             ) from error
         if self._in_vain >= _MOST_IN_VAIN and not self._lives:
             raise EngineStopped(
@@ -167,7 +167,7 @@ class Isolation:
             ) from error
         self._left -= 1
         doing = f"on {num_samples} samples" if num_samples > 1 else "on one sample" if num_samples else "idle"
-        self._say(f"{self._cause} ({doing}); starting it again, {self._left} more times at most")
+        self._say(f"{self._cause} ({doing}); restarting it ({self._left} restarts left)")
         self._start()
 
     def _start(self) -> None:

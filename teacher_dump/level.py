@@ -71,7 +71,7 @@ def check_settings(config: DumpConfig, teacher: Teacher, source: SampleSource) -
 
 
 def is_batch_invariant(config: DumpConfig) -> bool:
-    """Whether vLLM is told to be, by the flag or by its own variable: it changes values, so the identity."""
+    """Whether the flag or vLLM's own variable asks for it; it changes values, so it is in the identity."""
     return config.batch_invariant or os.environ.get(BATCH_INVARIANT) == "1"
 
 

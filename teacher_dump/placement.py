@@ -78,7 +78,7 @@ def choose_device(needed: int, free: Mapping[str, int], asked: str) -> str:
 def free_bytes() -> dict[str, int]:
     """Free memory of every GPU, by torch's name, and of the CPU.
 
-    It asks CUDA, which a process that starts an engine must not; an audit starts none.
+    It initialises CUDA, which a process that starts an engine must not do; an audit starts none.
     """
     import torch
 
@@ -88,7 +88,7 @@ def free_bytes() -> dict[str, int]:
 
 
 def _free_ram() -> int:
-    """What the kernel would give without swapping; all of it where the kernel does not say."""
+    """Memory available without swapping; all memory where the kernel does not report it."""
     try:
         for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,7 +1,7 @@
 """What is dumped, in which order; pure, nothing is loaded.
 
     samples    0  1  2  3  4        image of each: a b a – b
-    order      0  2  1  4  3        an image's samples stand together, first seen first
+    order      0  2  1  4  3        an image's samples are adjacent, in order of first occurrence
     parts      [0 2] [1 4] [3]      runs of `part_samples` plan indices
 
 The order depends on the data alone, so every writer of a level cuts the same parts.

@@ -32,7 +32,7 @@ class QuarantineLog:
         try:
             self.path.unlink(missing_ok=True)
             self._lost = False
-        except OSError as error:  # a finished level may lie on a mount that cannot be written
+        except OSError as error:  # a finished level may be on a read-only mount
             log.warning("%s cannot be written (%s); the seals hold the same", self.path, error)
             self._lost = True
         for seal in sealed:
@@ -53,7 +53,7 @@ class QuarantineLog:
             raise DataError(
                 f"{self._pending} of {self._num_samples} samples cannot be used, --max-quarantine "
                 f"allows a share of {self._share:g} (this part: {counted}; first: {quarantined[0].detail}); "
-                "mend them or raise it",
+                "fix them or raise it",
                 reason="quarantine",
             )
 

@@ -1,4 +1,4 @@
-"""The teacher through transformers: the slow twin that an audit compares a cache with.
+"""The teacher through transformers: the slow reference that an audit compares a cache with.
 
     token ids, images ──> body in `dtype` ──> states [T, D] ──rows asked for──> logits in `head_dtype`
 

@@ -13,14 +13,14 @@ from common.tested_versions import SOURCE_CHECKED_VLLM, TESTED_VLLM, installed, 
 
 
 def check_release(found: str, *, any_version: bool) -> str | None:
-    """What a user has to know of a release before it starts; None: nothing.
+    """A note about a release for the user, or None.
 
     Args:
         found: Version of vLLM.
         any_version: Take an untested one.
 
     Raises:
-        EngineError: It is untested, and was not asked for.
+        EngineError: It is untested, and `any_version` is not set.
     """
     standing, tested = vllm_standing(found), ", ".join(TESTED_VLLM)
     if standing == "source-checked":
@@ -40,7 +40,7 @@ def check_installed(*, any_version: bool) -> str | None:
     """`check_release` of the vLLM that pip installed here, which is not imported.
 
     Raises:
-        EngineError: There is none; or it is untested, and was not asked for.
+        EngineError: There is none; or it is untested, and `any_version` is not set.
     """
     if find_spec("vllm") is None:
         raise EngineError(f"the teacher needs vLLM, which is not installed; {INSTALL_TEACHER}")

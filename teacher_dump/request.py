@@ -74,7 +74,7 @@ class ImageIdentity:
 
 @dataclass(frozen=True, slots=True)
 class CaptureRequest:
-    """One sample's wishes."""
+    """What one sample asks of the capture."""
 
     key: str
     """Names the result."""

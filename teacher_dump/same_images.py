@@ -33,10 +33,10 @@ class SeenFiles:
         self._lock = threading.Lock()
 
     def check(self, path: Path | None, sha256: str, sample_id: str) -> None:
-        """Take note of a file's hash.
+        """Record a file's hash and compare it with the last one.
 
         Raises:
-            DataError: `image-changed`: it was another a moment ago.
+            DataError: `image-changed`: the file had another hash before.
         """
         if path is None:
             return
@@ -95,7 +95,7 @@ def _borders(reader: CacheReader) -> Iterator[int]:
 
 
 def _hash(ref: ImageRef, root: str | None) -> str | None:
-    """Of the file as it is now; None where it cannot be read, which is another matter."""
+    """Of the file as it is now; None where it cannot be read, which is reported elsewhere."""
     try:
         return image_sha256(ref, root)
     except DataError:

@@ -183,7 +183,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def real_rows(head: Any, vocab_size: int) -> Tensor:
-    """[rows, D] rows of a head (or of this rank's shard of it) that stand for real tokens.
+    """[rows, D] rows of a head (or of this rank's shard of it) that belong to real tokens.
 
     Args:
         head: From `find_head`.

@@ -1,11 +1,11 @@
-"""How vLLM is started: its environment, the process that it computes in, where its own words go.
+"""How vLLM is started: its environment, the process that it computes in, where its output goes.
 
     same   it computes in this process: on a CPU with one worker, where a rerun gives the same bits
     own    driver ──spawn──> EngineCore ──spawn──> workers          everywhere else
 
 A process of its own is started by spawn, never by fork: the driver has threads (torch, Arrow, tokenizers),
 and a fork of a process that has touched CUDA cannot use a GPU. `VLLM_WORKER_MULTIPROC_METHOD=fork`, set by
-the user, is obeyed off the CPU; vLLM itself spawns on a CPU whatever is set.
+the user, is respected on GPUs; on a CPU vLLM always spawns.
 """
 
 import contextlib
@@ -29,12 +29,12 @@ _CPU_ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # eager anyway; saves the compiler's start-up
 }
 QUIET_LOGGERS = (
-    "torch",  # says on every CPU that Triton is missing
+    "torch",  # warns on every CPU that Triton is missing
     "transformers.models.qwen2_vl.video_processing_qwen2_vl",  # a cap on videos, of which there are none
     "transformers.models.qwen3_vl.video_processing_qwen3_vl",
     "transformers.tokenization_utils_base",  # vLLM starts with a prompt too long; ours are checked
 )
-"""Loggers whose warnings would only cut up the progress bar."""
+"""Loggers whose warnings would only interrupt the progress bar."""
 
 _METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _RAISED = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Exit)\b(?:: .*\S)?)\s*$")
@@ -43,7 +43,7 @@ _EMPTY_WORDS = ("Engine core initialization failed", "See stack trace", "See roo
 
 
 def import_vllm(*, any_version: bool) -> Any:
-    """The module, with what it writes kept down.
+    """Import vLLM with its output reduced.
 
     Args:
         any_version: Take one that was not tested.
@@ -68,7 +68,7 @@ def import_vllm(*, any_version: bool) -> Any:
 
 
 def vllm_errors() -> tuple[type[Exception], type[Exception]]:
-    """Every error of vLLM's own, and those among them that one request caused; neither is a RuntimeError."""
+    """The base class of vLLM's errors, and of those that one request caused; neither is a RuntimeError."""
     from vllm.exceptions import VLLMClientError, VLLMError
 
     return VLLMError, VLLMClientError
@@ -128,11 +128,11 @@ def check_main() -> None:
 class EngineLog:
     """What vLLM's processes print, kept in a file that only a failure leaves behind.
 
-    A user who sets VLLM_LOGGING_LEVEL wants to see it: then it stays on the terminal.
+    With VLLM_LOGGING_LEVEL set by the user, the output stays on the terminal.
     """
 
     def __init__(self, *, kept: bool) -> None:
-        """Open the file; `kept` says whether there are processes to listen to."""
+        """Open the file; `kept`: whether vLLM has processes whose output is collected."""
         self.path: Path | None = None
         if kept and os.environ.get("VLLM_LOGGING_LEVEL") == _ENVIRONMENT["VLLM_LOGGING_LEVEL"]:
             handle, name = tempfile.mkstemp(prefix=f"cascache-engine-{os.getpid()}-", suffix=".log")
@@ -159,7 +159,7 @@ class EngineLog:
                 os.close(copy)
 
     def explain(self, error: BaseException) -> str:
-        """One line for what went wrong: what an engine process raised, where vLLM only says that one did."""
+        """One line for what went wrong; where vLLM only reports that an engine process failed, its error."""
         words = " ".join(str(error).split()) or type(error).__name__
         cause = self._cause() if self.path else None
         if cause and any(each in words for each in _EMPTY_WORDS):
@@ -172,7 +172,7 @@ class EngineLog:
         lines = self.path.read_text("utf-8", "replace").splitlines()
         died = next(filter(None, map(_DIED.search, lines)), None)
         if died is not None:
-            return f"{died.group(1)} died (status {died.group(2)}; perhaps memory ran out, `dmesg` tells)"
+            return f"{died.group(1)} died (status {died.group(2)}; perhaps out of memory, see `dmesg`)"
         found = (match.group(1) for match in map(_RAISED.search, lines) if match)
         return next((each for each in found if not any(word in each for word in _EMPTY_WORDS)), None)
 

@@ -1,11 +1,11 @@
-"""Driver and engine processes watch each other: neither outlives the other, nor waits for the dead.
+"""Driver and engine processes watch each other: neither outlives the other or waits for a dead process.
 
     driver ──spawned──> EngineCore ──spawned──> worker       the worker ends itself and EngineCore
     driver                          raylet ───> worker       the worker ends itself; a raylet serves others
 
-    driver ──waits for an answer──> EngineCore              gone without a word: the driver says so
+    driver ──waits for an answer──> EngineCore              dies silently: the driver raises an error
 
-A process id is reused, so a process is named by its id and when it started, and held by a descriptor that
+Process ids are reused, so a process is identified by its id and start time, and held by a descriptor that
 stays with it. The parent is ended only when it is one of the driver's own engine processes.
 """
 
@@ -24,7 +24,7 @@ from typing import TypeVar
 
 Answer = TypeVar("Answer")
 
-_LAST_WORDS_SECONDS = 3.0  # a process that dies of an error has sent it; vLLM raises that one
+_LAST_WORDS_SECONDS = 3.0  # a process that fails sends its error first, and vLLM raises that one
 _STARTED = 22 - 3  # field 22 of /proc/PID/stat, counted behind the name in brackets
 
 
@@ -57,12 +57,12 @@ def this_driver() -> Driver:
 def call_watched(action: Callable[[], Answer], processes: list[BaseProcess]) -> Answer:
     """What `action` returns; it may wait for an answer of `processes`.
 
-    vLLM 0.32 waits for ever for an engine process that was killed. So the action runs in a thread, which is
+    vLLM 0.32 waits forever for an engine process that was killed. So the action runs in a thread, which is
     left behind when that happens.
 
     Args:
         action: Waits for the processes.
-        processes: None of them may end meanwhile; without any, the action runs right here.
+        processes: None of them may end meanwhile; without any, the action runs in this thread.
 
     Raises:
         ChildProcessError: One of them is gone and the action has not raised for it.
@@ -87,7 +87,7 @@ def call_watched(action: Callable[[], Answer], processes: list[BaseProcess]) -> 
 
 def _ended(status: int | None) -> str:
     if status == -signal.SIGKILL:
-        return "was killed, perhaps because memory ran out (`dmesg` tells)"
+        return "was killed, perhaps because memory ran out (see `dmesg`)"
     return f"ended with status {status}"
 
 
@@ -95,7 +95,7 @@ def end_with(driver: Driver) -> None:
     """End this process once `driver` is gone, and its parent if that is one of the driver's engine processes.
 
     Does nothing in the driver itself, on another machine, and where the driver cannot be seen (another
-    container): there whoever started this process ends it.
+    container): there the process that started this one ends it.
     """
     if driver.pid == os.getpid() or driver.boot != _boot():
         return

@@ -1,4 +1,4 @@
-"""The `cascache` command: look at a cache, prove it, mend it, give and take it.
+"""The `cascache` command: inspect, verify, repair and share caches.
 
 exit code   0 all is well · 1 problems, or parts are missing · 2 the command could not be carried out
 """
@@ -23,7 +23,7 @@ GROUPS = (cli_inspect, cli_look, cli_size, cli_transfer, cli_trust, doctor)
 def build_parser() -> argparse.ArgumentParser:
     """Every sub-command and flag."""
     parser = argparse.ArgumentParser(
-        prog="cascache", description="Inspect, prove, mend and share caches.", epilog=EPILOG
+        prog="cascache", description="Inspect, verify, repair and share caches.", epilog=EPILOG
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for group in GROUPS:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = json.dumps(answer, indent=1) if arguments.json else arguments.render(answer)
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # whoever read us has seen enough
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)
 

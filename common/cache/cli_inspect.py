@@ -1,4 +1,4 @@
-"""`cascache info · verify · repair · finalize`: look at a cache, prove it, mend it."""
+"""`cascache info · verify · repair · finalize`: inspect, verify and repair a cache."""
 
 import argparse
 from collections import Counter

@@ -1,4 +1,4 @@
-"""`cascache estimate`: bytes and time of a level from counts, before there is one."""
+"""`cascache estimate`: bytes and time of a level from counts, before it is dumped."""
 
 import argparse
 from typing import Any
@@ -17,20 +17,20 @@ def add_commands(subparsers: Any) -> None:
     command = add_command(subparsers, "estimate", _TEXT, run_estimate, render=render_estimate)
     counts = command.add_argument_group("the data, as the teacher sees it")
     counts.add_argument("--samples", type=int, required=True, metavar="N", help="samples")
-    counts.add_argument("--images", type=int, metavar="N", help="distinct images; default: one a sample")
+    counts.add_argument("--images", type=int, metavar="N", help="distinct images; default: one per sample")
     counts.add_argument("--image-positions", type=int, default=2929, metavar="N", help=_IMAGE_POSITIONS)
-    counts.add_argument("--response", type=float, default=90, metavar="N", help="response tokens a sample")
-    counts.add_argument("--prompt", type=float, default=60, metavar="N", help="other text tokens a sample")
+    counts.add_argument("--response", type=float, default=90, metavar="N", help="response tokens per sample")
+    counts.add_argument("--prompt", type=float, default=60, metavar="N", help="other text tokens per sample")
     kept = command.add_argument_group("what is kept, as for teacher-dump")
-    kept.add_argument("--topk", type=int, default=64, metavar="K", help="ids a response row")
-    kept.add_argument("--visual-topk", type=int, metavar="K", help="ids an image row; default: --topk")
+    kept.add_argument("--topk", type=int, default=64, metavar="K", help="ids per response row")
+    kept.add_argument("--visual-topk", type=int, metavar="K", help="ids per image row; default: --topk")
     kept.add_argument("--visual-fraction", type=float, default=1.0, metavar="X", help="share of image rows")
     kept.add_argument("--relation-store", default="factor", choices=("factor", "hidden", "both", "none"))
     kept.add_argument("--hidden-encoding", default="bfloat16", choices=("bfloat16", "float32", "int8"))
     kept.add_argument("--width", type=int, default=3584, metavar="D", help="width of raw hidden states")
     kept.add_argument("--profile", default="pcodec", choices=("pcodec", "portable"))
     command.add_argument(
-        "--rate", type=float, metavar="X", help="positions a second of one engine, if you know it"
+        "--rate", type=float, metavar="X", help="positions per second of one engine, if known"
     )
     command.add_argument("--engines", type=int, default=1, metavar="N", help="engines side by side")
 

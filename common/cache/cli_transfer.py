@@ -1,4 +1,4 @@
-"""`cascache ls · merge · push · pull`: what lies where, and parts from one place to another."""
+"""`cascache ls · merge · push · pull`: list levels, and copy parts from one place to another."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from common.cache.commands import Answer, add_command
 
 _EXAMPLES = (
     "places: a directory, s3://bucket/l1, gs://, az://, https://, or hf://datasets/owner/name/l1. "
-    "Stopped anywhere, the same command goes on."
+    "If it is interrupted, the same command resumes."
 )
 
 
@@ -58,7 +58,7 @@ def _add_subset(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--strip-text",
         action="store_true",
-        help="all but the token ids of the text; hashes stay, and a student tells them again from --data. "
+        help="all but the token ids of the text; hashes stay, and a student re-tokenises them from --data. "
         "Response rows stay too, and their likeliest ids are close to the text",
     )
     command.add_argument("--jobs", type=int, default=16, metavar="N", help="files copied side by side")

@@ -36,7 +36,7 @@ _ATTEMPTS: Final = 8
 
 
 def _transport_error() -> type[Exception]:
-    """What the Hub's HTTP library raises when nobody answers: httpx, or its successor."""
+    """What the Hub's HTTP library raises when the server does not answer: httpx, or its successor."""
     library = importlib.import_module(type(get_session()).__module__.partition(".")[0])
     found: type[Exception] = library.HTTPError
     return found

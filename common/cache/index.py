@@ -45,7 +45,7 @@ INDEX_FILES: Final = frozenset(
 """Every file of an index, relative to its directory."""
 
 READ_ATTEMPTS: Final = 8
-"""How often an index is read anew that another process replaces meanwhile."""
+"""How many times an index that another process is replacing is read again."""
 
 _CURE: Final = "run `cascache finalize` to write it again"
 _POINTER: Final = f"{layout.INDEX}/{layout.METADATA}"
@@ -138,7 +138,7 @@ def write_index(store: Store, manifest: Manifest, index: Index) -> None:
 
 
 def _working(store: Store, name: str) -> Path:
-    """Where to prepare an index; on a cache that cannot be written, elsewhere: it may be complete already."""
+    """Where to prepare an index; elsewhere, if the cache is read-only and may have an index already."""
     try:
         return make_working(store, name)
     except OSError as error:

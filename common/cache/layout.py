@@ -33,7 +33,7 @@ KNOWN_NAMES: Final = frozenset({METADATA, PARTS, SEALS, INDEX, WRITING})
 """Everything that may stand at the root of a cache."""
 
 _LATER_FIELDS: Final = (("with_images",), ("without_text",), ("image_settings",), ("teacher", "head_dtype"))
-"""Identity fields that caches of the first days lack: they count only when they are set."""
+"""Identity fields that were added later: they count only when they are set."""
 
 _PART = re.compile(r"[0-9]{5,9}")
 _DIRECTORY = re.compile(r"([0-9]{5,9})-[0-9a-f]{6,32}")
@@ -116,7 +116,7 @@ def identity_fields(manifest: Manifest) -> dict[str, object]:
         for group in groups:
             owner = owner[group]
         if not owner[name]:
-            del owner[name]  # as before there was such a field
+            del owner[name]  # so that the identity of older caches does not change
     return fields
 
 

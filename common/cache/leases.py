@@ -1,9 +1,9 @@
-"""Whose an unfinished file in `.writing/` is: its name ends in who made it.
+"""Which process an unfinished file in `.writing/` belongs to: its name ends with that process.
 
     00012-9f31c2~4be1a0c7-3121-88231        host, process, and when that process started
 
-What a dead process left is removed by the next one that works on the cache. A process of this host is dead
-when it is gone; of another host nobody can tell, so its files count as left after a day.
+What a dead process left is removed by the next one that opens the cache. A process of this host is dead
+when it no longer exists; another host's cannot be checked, so its files count as abandoned after a day.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 FOREIGN_SECONDS: Final = 24 * 3600
-"""How old the files of another host's process are before they count as left."""
+"""Age at which files of another host's process count as abandoned."""
 
 _MARK: Final = "~"
 
@@ -26,7 +26,7 @@ def lease() -> str:
 
 
 def is_left(path: Path) -> bool:
-    """Whether a file or directory was left by a process that is gone; never one whose name says no maker."""
+    """Whether a file or directory was left by a process that is gone; never one whose name has no owner."""
     fields = path.name.rpartition(_MARK)[2].split("-") if _MARK in path.name else []
     if len(fields) != 3 or not fields[1].isdigit():
         return False

@@ -102,7 +102,7 @@ class LocalCopy:
 def default_copy() -> LocalCopy | None:
     """The local copy that the environment asks for; by default below the user's cache directory.
 
-    None where it is turned off, and where the default one cannot be made: nothing depends on it.
+    None where it is turned off or the default one cannot be created, since it is optional.
 
     Raises:
         ConfigError: The environment names a directory that cannot be made, or bytes that are no size.

@@ -18,7 +18,7 @@ def as_store(place: Place) -> Store:
 
 
 def _check_url(url: str) -> None:
-    """Refuse what the libraries would read as another place: a query, a fragment, empty segments."""
+    """Refuse URLs that the libraries would read differently: a query, a fragment, empty segments."""
     scheme, _, rest = url.partition("://")
     if found := sorted({"?", "#"} & set(rest)):
         raise ConfigError(
@@ -63,7 +63,7 @@ def open_store(path: str, *, copied: bool = True) -> Store:
 
     Raises:
         ConfigError: A URL is given and the library for it is not installed, or the URL or the environment
-            would not lead where it seems to.
+            would be read as another place.
     """
     if "://" not in path:
         return LocalStore(Path(path))

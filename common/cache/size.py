@@ -1,7 +1,7 @@
 """How many bytes a level will take, from counts alone.
 
 samples × response rows × (1.7 K + 8) B        ids and logits, as measured at K = 64
-images  × image positions × the same           once an image, not once a question
+images  × image positions × the same           once per image, not per question
 images  × image positions × 0.55 · rank B      relation factor; its rank is chosen per image, 68 on average
 samples × positions × 2 B                      token ids and the rest
 """
@@ -22,9 +22,9 @@ class LevelShape:
     samples: float
     """Samples."""
     positions: float
-    """Expanded positions a sample."""
+    """Expanded positions per sample."""
     response_rows: float
-    """Response rows a sample."""
+    """Response rows per sample."""
     images: float
     """Distinct (image, prefix) pairs: as many as images where the prefix is always the same."""
     image_positions: float

@@ -98,7 +98,7 @@ class Store(Protocol):
         """A local directory to prepare parts in."""
 
     def tidy(self) -> None:
-        """Remove what dead processes left in the working directory, and it too if nobody works in it."""
+        """Remove what dead processes left in the working directory, and the directory too if it is unused."""
 
 
 _MKDIR_ATTEMPTS: Final = 50
@@ -176,7 +176,7 @@ class LocalStore:
         except NotADirectoryError as error:
             raise FileNotFoundError(str(self.root / key)) from error
         except PermissionError as error:
-            raise CacheError(f"{self.root / key} may not be read ({error}); mend its permissions") from error
+            raise CacheError(f"{self.root / key} may not be read ({error}); fix its permissions") from error
 
     def pieces(self, key: str) -> Iterator[bytes]:
         """A file from its start to its end."""

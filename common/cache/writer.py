@@ -63,10 +63,10 @@ class CacheWriter:
         Args:
             path: Directory of the cache, or a URL such as `s3://bucket/l1`.
             manifest: What the caller is about to write.
-            block_rows: Rows a block aims at.
+            block_rows: Target number of rows per block.
 
         Raises:
-            MismatchError: Another identity lives there; every differing field is named.
+            MismatchError: The cache has another identity; every differing field is named.
             CacheError: The directory holds something else.
         """
         store = open_store(path)
@@ -140,7 +140,7 @@ class CacheWriter:
             if isinstance(error, CacheError):
                 raise
             where = f"part {part} cannot be written to {self.store.name}"
-            raise CacheError(f"{where} ({error}); mend the disk and run the same command again") from error
+            raise CacheError(f"{where} ({error}); repair the disk and run the same command again") from error
         finally:
             if working is not None:
                 shutil.rmtree(working, ignore_errors=True)

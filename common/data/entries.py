@@ -7,7 +7,7 @@ r"""One entry of a data file → one `Sample`: LLaVA conversations and chat mess
 
 Entries without a response, and images without any text, are read too: a teacher may answer them.
 
-An entry that carries a video, sound or another input that nobody here would see is refused: its text
+An entry with a video, sound or another input that no model here reads is refused: its text
 alone would teach answers about something that was never shown.
 
 An `<image>` mark inside text, and an image part that names no file, both take the next image of the
@@ -62,7 +62,7 @@ def first_reference(entry: object) -> ImageRef | None:
     """The entry's first image reference; None without images or when it is unusable."""
     try:
         return next(_references(entry), None) if isinstance(entry, Mapping) else None
-    except Exception:  # noqa: BLE001 - `to_sample` says what is wrong with it
+    except Exception:  # noqa: BLE001 - `to_sample` reports what is wrong with it
         return None
 
 
@@ -85,7 +85,7 @@ def to_sample(entry: object, *, sample_id: str, where: str) -> Sample:
         DataError: `entry`: no such mapping; `turns`: unknown speakers or no turn; `image-marks`:
             marks and images do not match; `empty-response`; `image-remote`; `image-reference`; `text`:
             half a surrogate pair; `video`, `audio` and so on: an input that is neither text nor image;
-            or what the entry's `unusable` says, where an earlier step has found it so.
+            or the value of the entry's `unusable`, where an earlier step has set it.
     """
     try:
         return _read(entry, sample_id, where)
@@ -231,7 +231,7 @@ def to_reference(value: object) -> ImageRef:
 
 
 def _checked_path(path: str) -> str:
-    """The path, if a file system could hold it: inline data is not mistaken for a file's name."""
+    """The path, if a file system could hold it: inline data must not be taken for a file name."""
     encoded = path.encode("utf-8", "surrogatepass")
     longest = max(map(len, encoded.split(b"/")))
     if len(encoded) > _LONGEST_PATH_BYTES or longest > _LONGEST_NAME_BYTES:

@@ -79,7 +79,7 @@ def _only_split(loaded: Any, path: Path, cure: str) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    """What a library refused, with what it met below: its own message often names only the step."""
+    """A library's error with its cause: its own message often names only the step."""
     cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
     return shorten(f"{error}{cause}")
 

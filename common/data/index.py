@@ -127,7 +127,7 @@ def unique_ids(ids: Strings, *, path: str, duplicates: Duplicates) -> Strings:
 
 
 def _numbered(ids: Strings, repeats: dict[int, tuple[int, int]]) -> Iterator[str]:
-    """The ids with the later places of each numbered from 2; numbers that an id has already are left out."""
+    """The ids with the later places of each numbered from 2; numbers that are already taken are skipped."""
     repeated = {ids[place] for place in repeats}
     taken = {name for name in ids if "#" in name and name.rpartition("#")[0] in repeated}
     next_number = dict.fromkeys(repeated, 2)

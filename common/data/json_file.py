@@ -109,5 +109,5 @@ def json_error(file: BinaryIO, name: str, place: int, found: str) -> DataError:
         line += chunk.count(b"\n")
         left -= len(chunk)
     return DataError(
-        f"{name}, line {line}, byte {place}: {found}; mend the file or write it anew", reason="json"
+        f"{name}, line {line}, byte {place}: {found}; fix the file or write it again", reason="json"
     )

@@ -1,7 +1,7 @@
 """The door of data: recognises formats.
 
 open_source("train.json")            LLaVA: id, image, conversations
-open_source("chat.jsonl")            one {"messages": ...} a line
+open_source("chat.jsonl")            one {"messages": ...} per line
 open_source("saved/")                a directory from datasets.save_to_disk
 open_source("rows.parquet")          a Parquet file, or a directory of them
 open_source("hf:owner/name:split")   a data set of the hub
@@ -51,10 +51,10 @@ def open_source(path: str, *, image_root: str | None = None) -> SampleSource:
 
 
 def recorded_path(path: str | None) -> str | None:
-    """The path that a cache says its data is at, if looking there neither makes nor fetches anything.
+    """The recorded path of a cache's data, if opening it neither creates nor downloads anything.
 
-    A cache of somebody else's may name data that would be rendered, downloaded or cached on first use; only
-    a file or directory that is already here is followed. None for everything else: `--data` names it then.
+    An untrusted cache may name data that would be rendered, downloaded or cached on first use; only
+    an existing file or directory is used. None for everything else: `--data` has to name it.
     """
     if path is None or path == "shapes" or path.startswith(("shapes:", "hf:")) or "://" in path:
         return None

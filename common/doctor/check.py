@@ -1,8 +1,8 @@
-"""One check of `cascache doctor`: what was found, what was wanted, and what to do about it.
+"""One check of `cascache doctor`: what was found, what was wanted, and how to fix it.
 
     child process ──one JSON line per check──> parent ──row by row──> table, or one document
 
-A check that warns or fails always carries its cure; one that is skipped says why.
+A check that warns or fails always has a cure; one that is skipped has the reason.
 """
 
 import json
@@ -31,7 +31,7 @@ CHECKS: Final[dict[str, tuple[str, ...]]] = {
     "teacher": ("engine", "capture-cost", "throughput", "whole-data", "agreement"),
     "student": ("fit", "losses", "step"),
 }
-"""Every check by the part that makes it, in the order in which it comes."""
+"""Every check by the part that runs it, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class Check:
     """The outcome of one check."""
 
     name: str
-    """Which one; a name of `CHECKS`."""
+    """Its name, one of `CHECKS`."""
     status: Status
-    """`pass`; `warn`: works, with a drawback; `fail`: would not work; `skip`: could not be looked at."""
+    """`pass`; `warn`: works, with a drawback; `fail`: would not work; `skip`: could not be checked."""
     found: str
     """What is there, in one line."""
     wanted: str = ""
@@ -49,7 +49,7 @@ class Check:
     cure: str = ""
     """What to do about it."""
     values: Values = field(default_factory=dict)
-    """The measurements behind it, JSON types; names carry units."""
+    """The measurements behind it, as JSON types; units are part of the names."""
     seconds: float = 0.0
     """Time it took."""
 
@@ -63,7 +63,7 @@ class Check:
 
 
 def from_json(found: Values) -> Check:
-    """The inverse of `Check.to_json`; what it does not know is left out."""
+    """The inverse of `Check.to_json`; unknown fields are ignored."""
     known = {each.name for each in fields(Check)}
     return Check(**{name: value for name, value in found.items() if name in known})
 

@@ -1,10 +1,10 @@
-"""The parent's side of one part: a process of its own, whose death or silence is a failed check.
+"""The parent's side of one part, which runs in a process of its own; its crash or timeout is a failed check.
 
     python -m teacher_dump.doctor … ──JSON lines──> checks, progress
                                     ──standard error──> the last line, where it broke
 
-The parent imports neither half and touches no device. A part that is killed, crashes, or takes longer than
-its limit gives a failed check and whatever it had not reached is skipped.
+The parent imports neither half and uses no device. A part that is killed, crashes, or takes longer than
+its limit gives a failed check, and the checks that it had not reached are skipped.
 """
 
 import contextlib
@@ -100,7 +100,7 @@ class _Child:
 
     def _read(self, stream: IO[str], take: Callable[[str], Any]) -> threading.Thread:
         def run() -> None:
-            with contextlib.suppress(ValueError):  # closed while it was read
+            with contextlib.suppress(ValueError):  # closed while being read
                 for line in stream:
                     take(line.rstrip("\n"))
 
@@ -137,7 +137,7 @@ class _Child:
         self._process.wait()
         for reader, stream in zip(self._readers, self._streams, strict=True):
             reader.join(_DRAIN_SECONDS)
-            if not reader.is_alive():  # else somebody beyond our reach holds the pipe
+            if not reader.is_alive():  # else another process still holds the pipe
                 stream.close()
 
 

@@ -17,7 +17,7 @@ NAME = "doctor"
 TEXT = "check whether this machine can dump and train, and measure both on a few samples"
 _EPILOG = """examples:
   cascache doctor                                      the shipped models on the built-in images
-  cascache doctor --model 7b --data train.json         what the dump that you have in mind would meet
+  cascache doctor --model 7b --data train.json         the dump that you are planning
   cascache doctor --model 7b --data train.json --quick no model is loaded
   cascache doctor ... --json > doctor.json             for a bug report
 exit codes: 0 every check passes, warns or was skipped; 1 some check fails; 2 the settings are wrong
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         _say(f"error: {tell_os_error(error)}")
         return EXIT_ERROR
     except KeyboardInterrupt:
-        _say("stopped; nothing is left behind")
+        _say("interrupted; temporary files are removed")
         return EXIT_INTERRUPTED
 
 

@@ -15,17 +15,17 @@ class DoctorConfig(ProcessorOptions):
     student: str | None = None
     """Student; the smallest preset of the teacher's family by default."""
     data: str = "shapes"
-    """The samples, as for teacher-dump."""
+    """The samples, in any format of teacher-dump."""
     image_root: str | None = None
     """Directory that relative image paths start from."""
     out: str = "zarr"
-    """Where the level would be written: its disk is measured, and a small cache is written beside it."""
+    """Where the level would be written: its free space is checked, and a small cache is written beside it."""
     cache: str | None = None
     """Cache for the student's step where no teacher runs here; targets are made up without one."""
     keep: str | None = None
-    """Directory to keep the small cache in; it is thrown away by default."""
+    """Directory to keep the small cache in; it is deleted by default."""
     quick: bool = False
-    """Look at the host, the template and the image settings only: no model is loaded."""
+    """Check only the host, the template and the image settings: no model is loaded."""
     topk: int = Field(64, ge=1, le=1 << 20)
     """Tokens kept per position."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -51,15 +51,15 @@ class DoctorConfig(ProcessorOptions):
     samples: int = Field(32, ge=1)
     """Samples that speeds are measured on."""
     time_limit: float = Field(1800, gt=0)
-    """Seconds after which one half is stopped."""
+    """Seconds after which the teacher's or the student's checks are stopped."""
     seed: int = Field(0, ge=0, lt=2**64)
-    """Of the draw of samples."""
+    """Seed of the random choice of samples."""
     json_: bool = Field(False, alias="json")
     """Print one JSON document instead of the table."""
 
 
 def to_flags(config: DoctorConfig) -> list[str]:
-    """The command line that gives these settings to a child process, each one said."""
+    """The command line that passes every setting to a child process."""
     flags: list[str] = []
     for name, value in config.model_dump(by_alias=True).items():
         flag = "--" + name.replace("_", "-")

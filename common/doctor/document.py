@@ -1,6 +1,6 @@
-"""What `cascache doctor --json` prints: everything that a maintainer asks for, and nothing private.
+"""What `cascache doctor --json` prints: everything that a bug report needs, without private data.
 
-schema       cascache-doctor/1; a field that changes its meaning raises the number
+schema       cascache-doctor/1; the number increases when a field changes its meaning
 versions     distribution -> release, cascache's own among them
 machine      python, platform, cores, memory
 environment  variables that matter; secrets as "(set)"

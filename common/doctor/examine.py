@@ -4,7 +4,7 @@
     this one     common.doctor.     teacher_dump.doctor      student_train.doctor
                  prompts            leaves a small cache ──> trains on it
 
-This process imports no library that could touch a device, so that no half inherits one.
+This process imports no library that could initialise a device, so that no child inherits one.
 """
 
 import shlex
@@ -143,11 +143,11 @@ def _halves(
 
 
 def blocker(made: Sequence[Check], names: tuple[str, ...], *, unmade: str | None = None) -> str:
-    """Why what comes next would be loaded in vain; empty when it would not.
+    """Which failed check makes the next part pointless; empty when none does.
 
     Args:
         made: Checks made so far.
-        names: Those whose failure is in the way.
+        names: Those whose failure blocks it.
         unmade: Only when this later check could not be made either.
     """
     failed = [check.name for check in made if check.status == "fail" and check.name in names]
@@ -170,7 +170,7 @@ class _Workplace:
         there = None if "://" in self._out else host.existing(Path(self._out))
         try:
             self._made = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=there))
-        except OSError:  # the check of the disk has said so
+        except OSError:  # already reported by the check `disk`
             self._made = Path(tempfile.mkdtemp(prefix=_PREFIX))
         return self._made
 

@@ -10,7 +10,7 @@ from common.tested_versions import installed, release
 
 
 def look_at_devices(*, parallel: int) -> tuple[list[Device], Check]:
-    """The GPUs that an engine would get, and what is to be said of them.
+    """The GPUs that an engine would get, and the check of them.
 
     Args:
         parallel: `--tensor-parallel`.

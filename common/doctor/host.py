@@ -1,6 +1,6 @@
 """Checks of the machine that need no model: standard library only, nothing is imported or initialised.
 
-Each check takes its facts as arguments, so that it can be asked about another machine; `host_checks` reads
+Each check takes its facts as arguments, so that tests can describe any machine; `host_checks` reads
 them here.
 """
 
@@ -80,7 +80,7 @@ def check_versions(found: Sequence[Found], python: tuple[int, int]) -> Check:
 
 
 def check_packages(root: Path, search: Sequence[str]) -> Check:
-    """Whether our packages are all ours, and nothing else on the path has their names.
+    """Whether all our packages come from one place and nothing else on the path has their names.
 
     Args:
         root: Directory that ours are in.
@@ -264,7 +264,7 @@ def check_environment(environment: Mapping[str, str]) -> Check:
 
 _TROUBLES: Final[dict[str, tuple[str | None, str]]] = {
     "CUDA_VISIBLE_DEVICES": ("", "empty, so no GPU is visible: unset it to use them"),
-    "CUDA_LAUNCH_BLOCKING": ("1", "every kernel is waited for: unset it, or expect low speeds"),
+    "CUDA_LAUNCH_BLOCKING": ("1", "every kernel launch blocks: unset it, or expect low speeds"),
     "VLLM_USE_V1": ("0", "vLLM 0.32 has no other engine: unset it"),
     "LD_PRELOAD": (None, "libraries are put before all others: unset it if the engine does not start"),
     "HF_HUB_ENABLE_HF_TRANSFER": ("1", "needs the package hf_transfer, or downloads fail: unset it"),
@@ -297,7 +297,7 @@ def installation_checks() -> Iterator[Check]:
 
 
 def size(num_bytes: float) -> str:
-    """Bytes for people."""
+    """Bytes with a unit, for display."""
     for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= factor:
             return f"{num_bytes / factor:,.1f} {unit}"

@@ -24,7 +24,7 @@ _STORED_BYTES: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32":
 _CHUNK_ROWS: Final = 256
 _LOGIT_COPIES: Final = 3
 _GPU_SHARE: Final = 0.9
-"""Share of a GPU's memory that vLLM takes unless `gpu_memory_utilization` says otherwise."""
+"""Share of a GPU's memory that vLLM takes unless `gpu_memory_utilization` is set."""
 _ENGINE_BYTES: Final = 2 * GIB
 """What the engine needs beside the model: libraries, activations of one step, CUDA's own."""
 _TIGHT: Final = 0.9
@@ -54,7 +54,7 @@ def model_need(directory: Path, *, dtype: str, positions: int, weights: int | No
 
     Args:
         directory: With `config.json` and safetensors files.
-        dtype: What it computes in; `auto`: what the configuration says.
+        dtype: What it computes in; `auto`: the configuration's dtype.
         positions: Positions whose keys and values are held.
         weights: Bytes of the weights, where the files are not there.
 
@@ -103,7 +103,7 @@ def _require_shards(directory: Path, found: set[str]) -> None:
 
 
 def find_dtype(config: dict[str, Any]) -> str:
-    """What a configuration says the weights are in; float32 when it says nothing."""
+    """The dtype of the weights in a configuration; float32 when there is none."""
     text = config.get("text_config") or {}
     found = next(
         (each.get(key) for each in (config, text) for key in ("dtype", "torch_dtype") if each.get(key)), ""
@@ -148,7 +148,7 @@ def check_memory(
     """Whether the engine fits into the GPUs, or into main memory without any.
 
     Args:
-        name: The model's, for people.
+        name: The model's, for messages.
         need: From `model_need`.
         devices: GPUs; none: the model runs on the CPU.
         free_ram: Bytes of main memory that are free.
@@ -168,7 +168,7 @@ def check_memory(
     used = devices[:parallel]
     room = [device.free_bytes for device in used if device.free_bytes is not None]
     if len(room) < len(used):
-        return Check("memory", "skip", "the driver does not say how much memory is free", wanted, "", values)
+        return Check("memory", "skip", "the driver does not report free memory", wanted, "", values)
     allowed = min(int(share * (device.total_bytes or 0)) for device in used)
     said = f"{size(min(room))} free on the fullest of {len(used)}, vLLM takes up to {size(allowed)}"
     finding = Finding("memory", said, wanted, values | {"free_bytes": min(room), "allowed_bytes": allowed})

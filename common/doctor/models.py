@@ -1,4 +1,4 @@
-"""Where a model's files are without asking the network, and whether the hub can be asked.
+"""Where a model's files are, without network access, and whether the hub can be reached.
 
 directory                        as it is
 hub id ──refs, snapshots──>      its snapshot in the hub's cache, or nothing
@@ -51,7 +51,7 @@ def guess_weights(ref: ModelRef, item: int) -> int | None:
 
 
 def is_offline(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the hub's client was told to stay offline."""
+    """Whether the hub's client is set to offline mode."""
     return any(
         environment.get(name, "").lower() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )

@@ -33,7 +33,7 @@ _TRIED: Final = 48
 _SHOWN_SAMPLES: Final = 3
 _CONTEXT_TOKENS: Final = 8
 _MANY_BAD: Final = 0.05
-"""Share of unusable samples from which on a dump stops by itself (`--max-quarantine`)."""
+"""Share of unusable samples above which a dump stops (`--max-quarantine`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Tried:
     reasons: Counter[str]
     """Unusable ones by reason."""
     first: str
-    """The first one's message."""
+    """Message of the first unusable sample."""
     template: list[str]
     """Messages of samples that the template made unusable."""
 
@@ -70,7 +70,7 @@ def check_prompts(config: DoctorConfig, reporter: Reporter) -> None:
     try:
         processor = load_processor(ref.path_or_id, revision=ref.revision, options=config)
     except CascacheError:
-        reporter.check(check_data(source, Tried([], Counter(), "", [])))  # the data is not to blame
+        reporter.check(check_data(source, Tried([], Counter(), "", [])))  # the data is not at fault
         raise
     tried = try_samples(processor, source)
     reporter.check(check_data(source, tried))

@@ -1,4 +1,4 @@
-"""What a bug report must not carry: home directory, user and host names, tokens, passwords in addresses."""
+"""What a bug report must not contain: home directory, user and host names, tokens, passwords in addresses."""
 
 import getpass
 import os
@@ -21,7 +21,7 @@ _COMMON_NAMES: Final = frozenset({"root", "user", "ubuntu", "localhost"})
 
 
 def redact(text: str) -> str:
-    """Text without what names the person, the machine or a secret."""
+    """Text without names of the user or the machine, and without secrets."""
     for pattern, stand_in in _SECRETS:
         text = pattern.sub(stand_in, text)
     for name, stand_in in _private_names():
@@ -46,10 +46,10 @@ def is_secret(name: str) -> bool:
 
 
 def _private_names() -> list[tuple[str, str]]:
-    """Patterns of names, and what stands for each."""
+    """Patterns of private names, and their replacements."""
     home = str(Path("~").expanduser())
     found = [(_whole(home), "~")] if len(home) > 1 else []
-    # in a path or before an @ only: a person may be called as a package or a verb
+    # in a path or before an @ only: a user name may also be an ordinary word
     found += [
         (rf"(?<=/){re.escape(name)}(?![A-Za-z0-9_])|\b{re.escape(name)}(?=@)", "<user>")
         for name in sorted({_user(), os.environ.get("USER", "")})
@@ -63,7 +63,7 @@ def _private_names() -> list[tuple[str, str]]:
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # no such user in a container's list
+    except (KeyError, OSError):  # a container without an entry for this user
         return ""
 
 

@@ -1,7 +1,7 @@
 """The child's side: checks as JSON lines on standard output, and nothing else there.
 
-Libraries print what they like; it goes to standard error. The last line says that the part came to its end:
-a process that died before it is told apart from one that had nothing more to say.
+Whatever libraries print goes to standard error. The last line marks the end of the part:
+a process that died can be distinguished from one that finished.
 """
 
 import json
@@ -45,16 +45,16 @@ class Reporter:
         self._write(dump_line(replace(check, seconds=round(seconds, 3))))
 
     def progress(self, text: str) -> None:
-        """Say what is being done."""
+        """Report what is being done."""
         self._write(json.dumps({"progress": text}))
 
     def fail(self, error: Exception) -> None:
-        """Report an error as the failure of the check that was being made."""
+        """Report an error as the failure of the check that was running."""
         if self._missing:
             self.check(failure(self._missing[0], str(error)))
 
     def done(self) -> None:
-        """Say that nothing more comes."""
+        """Mark the end of the part."""
         self._write(json.dumps({"done": True}))
 
     def _write(self, line: str) -> None:
@@ -91,7 +91,7 @@ def run_part(
 
 
 def _end_with_parent() -> None:
-    """Where this process leads a group of its own, end all of it once whoever started it is gone."""
+    """If this process leads its own process group, kill the group once the parent is gone."""
     parent = os.getppid()
     if os.getpgrp() != os.getpid():
         return

@@ -1,4 +1,4 @@
-"""Checks as lines for people: one per check, what to do below it, and a last line that counts them."""
+"""Checks as a table: one line per check, its cure below it, and a last line that counts them."""
 
 import sys
 import textwrap
@@ -45,7 +45,7 @@ def render_end(checks: Sequence[Check], seconds: float, command: str) -> str:
     Args:
         checks: All of them.
         seconds: Time they took.
-        command: The dump that was asked about.
+        command: The dump that was checked.
     """
     counts = ", ".join(f"{number} {status}" for status, number in count(checks).items())
     failed = [check.name for check in checks if check.status == "fail"]

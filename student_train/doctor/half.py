@@ -1,4 +1,4 @@
-"""The student's checks: does it fit, are the fast losses the defined ones, how fast is a step."""
+"""The student's checks: whether it fits, whether the fused losses are correct, how fast a step is."""
 
 from dataclasses import replace
 from pathlib import Path

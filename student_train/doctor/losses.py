@@ -1,10 +1,10 @@
-"""Whether the fast losses are the defined ones here, in the arithmetic that training would use.
+"""Whether the fused losses equal the eager ones on this machine, in training's arithmetic.
 
     hidden states of a real batch ──┬─ fused  (training's arithmetic)
                                     ├─ eager  (the same arithmetic: the definition)
                                     └─ eager  (float64: the truth)
 
-The fused path may be as far from the truth as twice the eager one is, and rounding of float32 is always
+The fused path's error may be twice the eager one's, and rounding of float32 is always
 allowed. A few hundred rows are compared: the definition holds all their logits.
 """
 
@@ -32,7 +32,7 @@ _ALLOWED = 2.0
 
 
 class Gradients(NamedTuple):
-    """A loss with what it sends back."""
+    """A loss and its gradients."""
 
     loss: Tensor
     """A scalar."""

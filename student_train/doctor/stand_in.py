@@ -1,7 +1,7 @@
 """A cache with made-up targets on the data's real prompts, for a machine that has no teacher.
 
 Ids, log-probs and relation factors are drawn at random; positions, spans, images and sizes are what a dump
-of the data would hold. What trains on it has the speed and the memory of the real thing.
+of the data would contain. Training on it has the speed and memory of training on a real cache.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def write_stand_in(ref: ModelRef, config: DoctorConfig, place: Path, *, num_samp
 def _samples(
     source: SampleSource, processor: Any, max_len: int, wanted: int
 ) -> tuple[list[tuple[Sample, Prompt]], str]:
-    """Usable samples, evenly spaced; the first problem that was met."""
+    """Usable samples, evenly spaced; the message of the first unusable one."""
     found: list[tuple[Sample, Prompt]] = []
     first = ""
     for place in np.unique(np.linspace(0, len(source) - 1, min(len(source), 4 * wanted)).astype(int)):

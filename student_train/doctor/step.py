@@ -1,4 +1,4 @@
-"""How fast one optimiser step is, what it takes of memory, and which share of it is head and losses."""
+"""Time and memory of one optimiser step, and the share of head and losses in it."""
 
 import resource
 import time
@@ -16,7 +16,7 @@ from student_train.stream import StepInput
 from student_train.train import Run
 
 _TIGHT = 0.9
-"""Share of a GPU's memory from which on a longer sample would not fit."""
+"""Share of a GPU's memory above which a longer sample might not fit."""
 
 
 def check_step(run: Run, trainer: StageTrainer, inputs: Sequence[StepInput], *, note: str) -> Check:
@@ -26,7 +26,7 @@ def check_step(run: Run, trainer: StageTrainer, inputs: Sequence[StepInput], *, 
         run: The student, its device.
         trainer: Its stage.
         inputs: Steps; the first one warms up.
-        note: What is to be known of the targets.
+        note: A remark about the targets.
     """
     device = run.accelerator.device
     on_gpu = device.type == "cuda"

@@ -65,7 +65,7 @@ def check_agreement(
         records: As the capture gave them.
         pixels: Decoded images by sample id.
         manifest: What was kept.
-        reporter: Told what is being loaded.
+        reporter: Receives progress.
 
     Raises:
         ConfigError: transformers cannot load the model.
@@ -120,7 +120,7 @@ def _open_reference(teacher: Teacher, manifest: Manifest, device: str) -> Refere
 def find_room(needed: int) -> str:
     """The device that the model is loaded on once more; `auto` for all GPUs together.
 
-    Asks CUDA, so only once no engine is to be started any more.
+    Initialises CUDA, so call it only after the last engine has stopped.
 
     Raises:
         ConfigError: Nothing holds it.
@@ -131,7 +131,7 @@ def find_room(needed: int) -> str:
         roomy = any(size >= needed for name, size in free.items() if name != "cpu")
         if roomy or free.keys() == {"cpu"} or time.monotonic() > until:
             return choose_device(needed, free, "auto")
-        time.sleep(1)  # the engine's processes may still be giving theirs back
+        time.sleep(1)  # the engine's processes may still be releasing memory
 
 
 def judge(
@@ -168,7 +168,7 @@ def judge(
     }
     said = (
         f"{samples} samples, {rows:,.0f} rows ({dtype}, {device}): mean KL {kl:.1e} nats, logits within "
-        f"{logit:.1e}, normaliser within {normaliser:.1e}, {agreed:.2%} of the kept ids alike, "
+        f"{logit:.1e}, normaliser within {normaliser:.1e}, {agreed:.2%} of the kept ids agree, "
         f"relation within {factor_error:.1e}"
     )
     wanted = (
@@ -181,7 +181,7 @@ def judge(
     )
     if far or not kl >= 0:
         return finding.fails(
-            "do not dump: what vLLM computes is not this model. Report it with --json; try --dtype float32 "
+            "do not dump: vLLM computes this model wrongly. Report it with --json; try --dtype float32 "
             "and --engine-arg enforce_eager=true to see whether precision or a kernel is the cause"
         )
     return finding.passes()

@@ -19,7 +19,7 @@ _DISK_MARGIN = 1.3
 def check_whole_data(
     config: DumpConfig, measured: Measured, group_of: dict[str, int], num_samples: int
 ) -> Check:
-    """Extrapolate to all samples, with what the samples' spread makes of it.
+    """Extrapolate to all samples, with intervals from the spread of the samples.
 
     Args:
         config: The dump's settings; `out` is where the level would go.
@@ -54,7 +54,7 @@ def judge_whole_data(
         num_bytes: Of the level.
         best: Seconds, where driver, engine and sealing overlap entirely.
         worst: Seconds, one after another.
-        free: Bytes free where the level would go; None where there is no end to them.
+        free: Bytes free where the level would go; None for an object store.
     """
     said = (
         f"{num_samples:,} samples: {_span(best.value, worst.value)} on one engine, {size(num_bytes.value)} "

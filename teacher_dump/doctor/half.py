@@ -1,4 +1,4 @@
-"""The teacher's checks, one after another, as a dump with these settings would go."""
+"""The teacher's checks, in the order of a dump with these settings."""
 
 from pathlib import Path
 

@@ -4,7 +4,7 @@
     engine    vLLM's image processing, prefill, capture  with and without rows to keep, image caches emptied
     sealing   encode, write, hash, sync                  a thread beside the engine
 
-Run side by side, the slowest one sets the pace.
+In a dump they overlap, so the slowest one sets the pace.
 """
 
 import shutil
@@ -34,12 +34,12 @@ from teacher_dump.teacher import Teacher
 
 _ROUNDS = 3
 _COSTLY = 3.0
-"""Capture over prefill from which on something is wrong: the large vocabulary alone makes 1.3 on top of a
-prefill that is worth the name, a tiny model's prefill is as short as the bookkeeping."""
+"""Ratio of capture to prefill above which something is wrong: a large vocabulary alone gives 1.3 with a
+realistic prefill; a tiny model's prefill is as short as the bookkeeping."""
 _MUCH_SLOWER = 0.8
 _FASTER = {
     "driver": "the engine waits for images and text: more cores, more --threads, or images on a faster disk",
-    "sealing": "the engine waits for the disk: --workers on one engine per GPU seal side by side, keep fewer "
+    "sealing": "the engine waits for the disk: one engine per GPU (--workers) seals in parallel, keep fewer "
     "rows (--visual-fraction), or give --out a faster disk",
 }
 _EMPTY = np.empty(0, np.int32)
@@ -75,7 +75,7 @@ class Measured:
     prepared: PreparedSamples
     """The samples, and the driver's time."""
     records: list[Record]
-    """What the teacher knows of them, before it is encoded."""
+    """The teacher's records of them, before encoding."""
     manifest: Manifest
     """Identity of the small cache."""
     seal: PartSeal
@@ -111,7 +111,7 @@ class Measured:
 
 def prepare(preparer: Preparer, indices: NDArray[np.int64], *, threads: int) -> PreparedSamples:
     """Prepare samples as the driver does, and time it."""
-    preparer(int(indices[0]))  # what the first sample loads
+    preparer(int(indices[0]))  # warm up: the first sample loads libraries
     began = time.monotonic()
     found = list(prepare_ahead(preparer, indices.tolist(), threads=threads, ahead=len(indices)))
     seconds = time.monotonic() - began
@@ -132,11 +132,11 @@ def measure(
 
     Args:
         config: The dump's settings.
-        teacher: Who answers.
+        teacher: The teacher.
         manifest: Identity of the small cache.
         prepared: The samples.
         place: Where the small cache goes.
-        reporter: Told when the engine has started.
+        reporter: Receives progress and the check `engine`.
 
     Raises:
         CascacheError: The engine does not start or stops; the cache cannot be written.
@@ -148,7 +148,7 @@ def measure(
         reporter.check(engine_check(engine, start_seconds))
         reporter.progress(f"capturing {len(prepared.items)} samples, {_ROUNDS} times with and without")
         capture = make_capture(engine, config, teacher, manifest.capture)
-        capture_part(capture, iter(prepared.items[:1]))  # what the first sample builds
+        capture_part(capture, iter(prepared.items[:1]))  # warm up: the first sample allocates buffers
         plain, kept = [], []
         for _ in range(_ROUNDS):
             plain.append(_plain_seconds(engine, capture, prepared.items))
@@ -177,7 +177,7 @@ def _seal_seconds(
 
 
 def engine_check(engine: Any, seconds: float) -> Check:
-    """What started."""
+    """The check that the engine started."""
     runner = getattr(engine, "runner", "") or "public"
     values = {
         "runner": runner,

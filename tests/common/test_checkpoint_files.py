@@ -69,7 +69,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty-shard": (lambda m: _cut(m / SHARDS[2], 0), "not whole: it has 0 bytes"),
     "longer": (
         lambda m: (m / SHARDS[2]).write_bytes((m / SHARDS[2]).read_bytes() + b"x"),
-        "not whole: it has .* its header tells of",
+        "not whole: it has .* its header describes",
     ),
     "no-safetensors": (lambda m: (m / SHARDS[0]).write_bytes(bytes(8) + b"x" * 99), "is no safetensors"),
     "pointer": (

@@ -56,7 +56,7 @@ BAD = {
     "blank.jinja": (b"{% for turn in messages %} {% endfor %}", "renders nothing"),
     "raising.jinja": (b"{{ raise_exception('never') }}", "refuses the conversation: never"),
     "unknown.jinja": (b"{% for turn in messages %}{{ turn.text.upper() }}{% endfor %}", "refuses the conv"),
-    "strings.jinja": (b"{% for turn in messages %}{{ turn.content }}{% endfor %}", "made for plain strings"),
+    "strings.jinja": (b"{% for turn in messages %}{{ turn.content }}{% endfor %}", "expects plain strings"),
 }
 
 

@@ -252,7 +252,7 @@ REFUSED = {
     "plain strings": (
         CHATML.replace("{% for part in turn.content %}", "{{ turn.content }}{% for part in [] %}"),
         answers("what?", "a red dog"),
-        "as Python shows a list, so it was made for plain strings",
+        "as a Python list, so it expects plain strings",
     ),
     "adds a list": (
         CHATML.replace("turn.role +", "turn.content +"),

@@ -144,7 +144,7 @@ def test_steps_of_epochs():
 
 
 def test_a_sample_above_the_budget_is_refused():
-    with pytest.raises(ConfigError, match="wants 50 tokens a batch, l1 has a sample of"):
+    with pytest.raises(ConfigError, match="wants 50 tokens per batch, l1 has a sample of"):
         sampler(tokens=50)
 
 

@@ -200,7 +200,7 @@ def test_a_student_trains_on_responses_alone(
 def test_an_interrupt_keeps_whole_parts_and_says_how_to_go_on(answers: Callable[[str], Any], work: Path):
     answer = answers("interrupted")
     assert answer["status"] == 130
-    assert "give the same command again to go on" in answer["said"]
+    assert "run the same command again to resume" in answer["said"]
     assert answer["sealed"] >= 1
     report = verify(str(work / "interrupted"))
     assert not report.bad_parts
@@ -249,7 +249,7 @@ def test_a_disk_that_refuses_seals_nothing(answers: Callable[[str], Any]):
     answer = answers("full_disk")
     status, heard = answer["refused"]
     assert status == 2
-    assert "mend the disk" in heard
+    assert "repair the disk" in heard
     assert answer["sealed"] == 0
 
 
