@@ -18,6 +18,8 @@ GIB: Final = 2**30
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 ENGINE_BYTES: Final = GIB
 """What an engine needs besides the model: libraries and CUDA's context."""
+GPU_SHARE: Final = 0.92
+"""Share of a GPU's memory that vLLM takes unless `gpu_memory_utilization` is set."""
 _FLOATS: Final = {"F64", "F32", "F16", "BF16"}
 _STORED_BYTES: Final = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2}
 _CHUNK_ROWS: Final = 256
@@ -61,12 +63,19 @@ def model_need(directory: Path, *, dtype: str, positions: int, weights: int | No
     head = int(text.get("head_dim") or width // heads)
     kv = 2 * layers * int(text.get("num_key_value_heads") or heads) * head * item
     rows = int(text.get("vocab_size") or config.get("vocab_size") or 32_000)
+    found = _weights(directory, item)
+    weights = weights if found is None else found
+    if weights is None:
+        raise ConfigError(f"{directory} has no *.safetensors or *.bin weights; download or copy it again")
+    return Need(weights, kv * positions, _CHUNK_ROWS * rows * 4 * _LOGIT_COPIES)
+
+
+def _weights(directory: Path, item: int) -> int | None:
+    """Bytes of the weights; None where there are none. Pickled ones count as they are stored."""
     files = sorted(directory.glob("*.safetensors"))
     if files:
-        weights = sum(weight_bytes(file, item) for file in files)
-    if weights is None:
-        raise ConfigError(f"{directory} has no *.safetensors weights; finish the download first")
-    return Need(weights, kv * positions, _CHUNK_ROWS * rows * 4 * _LOGIT_COPIES)
+        return sum(weight_bytes(file, item) for file in files)
+    return sum(file.stat().st_size for file in directory.glob("*.bin")) or None
 
 
 def find_dtype(config: dict[str, Any]) -> str:

@@ -125,6 +125,34 @@ def _divergence(
     return terms + bucket + mass - 1
 
 
+class ImageTally:
+    """Differences of what is kept of images besides their rows."""
+
+    def __init__(self, gram: torch.Tensor | None, *, cosine: bool) -> None:
+        """Start with none.
+
+        Args:
+            gram: [D, D] of the head, where relations are of logits.
+            cosine: Whether rows are scaled to unit length first.
+        """
+        self._gram, self._cosine = gram, cosine
+        self.factor_error = self.state_error = 0.0
+
+    def add(self, record: Record, states: torch.Tensor) -> None:
+        """Compare a record's images with the [T, D] hidden states computed again."""
+        for image in record.visual:
+            span = slice(image.start, image.start + image.num_positions)
+            if image.hidden is not None:
+                error = float((torch.from_numpy(image.hidden) - states[span]).abs().max())
+                self.state_error = max(self.state_error, error)
+            if image.factor is not None:
+                exact = relation(states[span], self._gram, cosine=self._cosine).double()
+                kept = torch.from_numpy(image.factor).double()
+                kept = kept @ kept.T
+                error = float((kept / kept.norm() - exact / exact.norm()).norm())
+                self.factor_error = max(self.factor_error, error)
+
+
 def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
     """Compute samples again and compare.
 
@@ -151,7 +179,7 @@ def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
         say(f"computing {len(chosen)} of {cache.num_samples} samples of {config.cache} again {where}")
         normalised = "capture" in manifest.teacher.engine
         tallies = {kind: Tally(normalised=normalised) for kind in ("response", "visual")}
-        factors, states = [0.0], [0.0]
+        images = ImageTally(gram, cosine=manifest.relation.norm == "cosine")
         rows = {name: row for row, name in enumerate(source.sample_ids())}
         for index in tqdm(chosen, desc="verify", unit="sample"):
             record = cache.read_record(int(index))
@@ -160,38 +188,19 @@ def audit(config: AuditConfig, say: Say) -> dict[str, Any]:
             for image in record.visual:
                 if image.topk is not None:
                     tallies["visual"].add(image.topk, found_states, reference)
-            _compare_images(record, found_states.float().cpu(), gram, factors, states, manifest)
+            images.add(record, found_states.float().cpu())
     found = {name: tally.summary() for name, tally in tallies.items() if tally.rows}
     worst = max(each["kl_mean_nats"] for each in found.values()) if found else 0.0
     return {
         "cache": config.cache,
         "samples": len(chosen),
         **found,
-        "max_factor_error": max(factors),
-        "max_hidden_error": max(states),
+        "max_factor_error": images.factor_error,
+        "max_hidden_error": images.state_error,
         "dtype": dtype,
         "max_kl": limit,
         "ok": worst <= limit,
     }
-
-
-def _compare_images(
-    record: Record,
-    found: torch.Tensor,
-    gram: torch.Tensor | None,
-    factors: list[float],
-    states: list[float],
-    manifest: Manifest,
-) -> None:
-    for image in record.visual:
-        span = slice(image.start, image.start + image.num_positions)
-        if image.hidden is not None:
-            states.append(float((torch.from_numpy(image.hidden) - found[span]).abs().max()))
-        if image.factor is not None:
-            exact = relation(found[span], gram, cosine=manifest.relation.norm == "cosine").double()
-            kept = torch.from_numpy(image.factor).double()
-            kept = kept @ kept.T
-            factors.append(float((kept / kept.norm() - exact / exact.norm()).norm()))
 
 
 def _open_data(config: AuditConfig, manifest: Manifest) -> SampleSource:
@@ -213,7 +222,8 @@ def allowed_kl(manifest: Manifest, dtype: str) -> float:
     encoding = manifest.encoding
     step = {"steps": encoding.logit_step, "bfloat16": _BFLOAT16_STEP, "float32": 0.0}[encoding.logits]
     rounding = max(_ROUNDING[dtype], _ROUNDING[manifest.teacher.dtype])
-    if manifest.teacher.quantization or manifest.teacher.engine:
+    other = set(manifest.teacher.engine) - {"batch_invariant", "capture"}  # neither computes otherwise
+    if manifest.teacher.quantization or other:
         rounding = max(rounding, _OTHER_ARITHMETIC)
     return rounding + step**2 / 8  # KL of log-probs that are off by half a step at most
 

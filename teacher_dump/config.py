@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from common.engine_arguments import read_engine_arguments
 from common.processor import ProcessorOptions
 from schemas.manifest import Encoding
 
@@ -14,7 +15,8 @@ class DumpConfig(ProcessorOptions):
     model: str = "tiny"
     """Teacher: a preset (tiny, 0.5b, 7b, 72b, qwen3-vl-8b, ...), a model directory, or a hub id."""
     data: str = "shapes"
-    """LLaVA JSON, JSONL of messages, a datasets directory, hf:owner/name:split, `shapes`; images to --ask."""
+    """LLaVA JSON, JSONL of messages, Parquet, a datasets directory, hf:owner/name:split, `shapes`; images
+    to --ask."""
     image_root: str | None = None
     """Directory that relative image paths start from; the data file's own by default."""
     out: str = "auto"
@@ -127,9 +129,7 @@ class DumpConfig(ProcessorOptions):
 
     @model_validator(mode="after")
     def _check(self) -> "DumpConfig":
-        for pair in self.engine_arg:
-            if "=" not in pair:
-                raise ValueError(f"--engine-arg {pair!r} is not key=value")
+        read_engine_arguments(self.engine_arg)
         if any(each <= 0 for each in self.temperature):
             raise ValueError(f"--temperature must be positive, found {min(self.temperature)}")
         return self
@@ -189,10 +189,7 @@ class DumpConfig(ProcessorOptions):
     @property
     def engine_arguments(self) -> dict[str, Any]:
         """`--engine-arg` pairs, values read as JSON where they are JSON."""
-        return {
-            key.replace("-", "_"): _value(text)
-            for key, _, text in (each.partition("=") for each in self.engine_arg)
-        }
+        return read_engine_arguments(self.engine_arg)
 
 
 class AuditConfig(ProcessorOptions):
@@ -218,12 +215,3 @@ class AuditConfig(ProcessorOptions):
     """Seed of the random choice of samples."""
     json_: bool = Field(False, alias="json")
     """Print the result as JSON."""
-
-
-def _value(text: str) -> Any:
-    import json
-
-    try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except ValueError:
-        return text

@@ -122,8 +122,8 @@ def _lost(error: Exception) -> str:
     """The message when Ray gave up."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return (
-        f"Ray lost a worker more than {_MOST_RETRIES} times in one part, or {_MOST_RESTARTS} times in all: "
-        f"{first}; a machine out of memory kills workers (fewer --workers, smaller --max-num-seqs); "
+        f"Ray lost a worker more than {_MOST_RETRIES} times in one part, or one of them {_MOST_RESTARTS} "
+        f"times: {first}; a machine out of memory kills workers (fewer --workers, smaller --max-num-seqs); "
         "run the same command again to resume"
     )
 

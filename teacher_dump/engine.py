@@ -185,7 +185,7 @@ class Engine:
                 f"vLLM refuses {self.settings.model} with these settings: {self._log.explain(error)}; "
                 "change them, --engine-arg among them"
             ) from error
-        except Exception as error:
+        except Exception as error:  # vLLM, torch and drivers raise whatever they like while they start
             raise EngineError(
                 f"vLLM could not start {self.settings.model}: {self._log.explain(error)}; "
                 "VLLM_LOGGING_LEVEL=INFO shows what it does"
@@ -265,7 +265,7 @@ class Engine:
             yield
         except CascacheError:
             raise
-        except Exception as error:
+        except Exception as error:  # see above: any of them ends the engine
             self._stopped = True
             raise EngineStopped(
                 f"vLLM stopped while {doing}: {self._log.explain(error)}; "

@@ -11,12 +11,11 @@ from dataclasses import replace
 
 from common.devices import Device, driver_tool, find_devices, free_memory, num_cores, vllm_build
 from common.errors import ConfigError
-from common.model_memory import DTYPE_BYTES, ENGINE_BYTES, GIB, Need, model_need
+from common.model_memory import DTYPE_BYTES, ENGINE_BYTES, GIB, GPU_SHARE, Need, model_need
 from common.models import PRESETS
 from teacher_dump.config import DumpConfig
 from teacher_dump.teacher import Teacher
 
-_GPU_SHARE = 0.92  # vLLM's own default of gpu_memory_utilization
 _QUANTIZED_BYTES = {"fp8": 1.0, "bitsandbytes": 0.5, "experts_int8": 1.0}
 """Bytes per weight where vLLM quantises as it loads."""
 _PARALLEL = (2, 4, 8, 16, 32)
@@ -69,7 +68,7 @@ def _check_gpus(config: DumpConfig, teacher: Teacher, max_len: int, devices: Seq
             f"{_wanted(config)} need {each * engines} GPUs, {_found(devices)} here; ask for fewer, "
             "or check CUDA_VISIBLE_DEVICES"
         )
-    share = _number(config, "gpu_memory_utilization", _GPU_SHARE)
+    share = _number(config, "gpu_memory_utilization", GPU_SHARE)
     used = devices[: each * engines]
     rooms = [_room(device, share) for device in used]
     known = [room for room in rooms if room is not None]
@@ -100,10 +99,7 @@ def _check_cpu(config: DumpConfig, teacher: Teacher, max_len: int) -> None:
 
 
 def _number(config: DumpConfig, name: str, default: float) -> float:
-    found = config.engine_arguments.get(name, default)
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise ConfigError(f"--engine-arg {name} is {found!r}, wanted a number")
-    return found
+    return float(config.engine_arguments.get(name, default))
 
 
 def _wanted(config: DumpConfig) -> str:

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from common.devices import free_memory
 from common.errors import ConfigError
+from common.model_memory import DTYPE_BYTES
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MARGIN = 1.1
 _LIVE_STATES = 32
 """Tensors as large as a sequence's states that one layer has at a time, attention and gates counted in."""
@@ -25,10 +25,10 @@ def needed_bytes(path: Path, *, dtype: str, rows: int, vocab_size: int, states: 
         states: Numbers in the longest sequence's states, T × D.
     """
     files = sorted(path.glob("*.safetensors"))
-    weights = sum(map(_numbers, files)) * _BYTES[dtype]
+    weights = sum(map(_numbers, files)) * DTYPE_BYTES[dtype]
     if _is_quantised(path):
         weights = sum(file.stat().st_size for file in files)
-    working = states * _LIVE_STATES * _BYTES[dtype] + rows * vocab_size * 32  # four float64 passes
+    working = states * _LIVE_STATES * DTYPE_BYTES[dtype] + rows * vocab_size * 32  # four float64 passes
     return int(_MARGIN * (weights + working))
 
 
@@ -84,15 +84,4 @@ def free_bytes() -> dict[str, int]:
 
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     found = {f"cuda:{index}": torch.cuda.mem_get_info(index)[0] for index in gpus}
-    return found | {"cpu": _free_ram()}
-
-
-def _free_ram() -> int:
-    """Memory available without swapping; all memory where the kernel does not report it."""
-    try:
-        for line in Path("/proc/meminfo").read_text("utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    except OSError:
-        pass
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return found | {"cpu": free_memory()}

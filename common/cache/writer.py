@@ -76,7 +76,8 @@ class CacheWriter:
         if lines:
             listing = "\n  ".join(lines)
             raise MismatchError(
-                f"{path} was dumped with other settings:\n  {listing}\nuse the same, or another --out"
+                f"{path} was dumped with other settings:\n  {listing}\nuse the same, or another --out; "
+                "fields that no setting changes come from another version: finish the dump with that one"
             )
         store.tidy()
         return cls(store, found, block_rows=block_rows)

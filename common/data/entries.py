@@ -91,7 +91,7 @@ def to_sample(entry: object, *, sample_id: str, where: str) -> Sample:
         return _read(entry, sample_id, where)
     except DataError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever one entry holds, the others can be used
         raise DataError(
             f"{where}: reading it raised {type(error).__name__}: {shorten(str(error))}; fix or drop it",
             reason="entry",

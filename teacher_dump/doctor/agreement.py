@@ -19,7 +19,7 @@ from common.doctor.reporter import Reporter
 from common.errors import ConfigError
 from common.record import Record
 from schemas.manifest import Manifest
-from teacher_dump.audit import CHUNK_ROWS, Tally, _compare_images
+from teacher_dump.audit import CHUNK_ROWS, ImageTally, Tally
 from teacher_dump.placement import choose_device, free_bytes, needed_bytes
 from teacher_dump.reference import Reference
 from teacher_dump.teacher import Teacher
@@ -78,17 +78,17 @@ def check_agreement(
     reference = _open_reference(teacher, manifest, device)
     gram = reference.gram() if manifest.relation.of == "logits" else None
     tallies = {"response": Tally(), "visual": Tally()}
-    factors, states = [0.0], [0.0]
+    images = ImageTally(gram, cosine=manifest.relation.norm == "cosine")
     for record in records:
         found = reference.states(record.token_ids, pixels[record.sample_id])
         tallies["response"].add(record.response, found, reference)
         for image in record.visual:
             if image.topk is not None:
                 tallies["visual"].add(image.topk, found, reference)
-        _compare_images(record, found.float().cpu(), gram, factors, states, manifest)
+        images.add(record, found.float().cpu())
     return judge(
         {name: tally.summary() for name, tally in tallies.items() if tally.rows},
-        max(factors),
+        images.factor_error,
         samples=len(records),
         dtype=teacher.dtype,
         device=device,

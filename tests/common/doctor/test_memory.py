@@ -1,6 +1,5 @@
 """A model's need is read from its files, and held against the memory that there is."""
 
-import json
 import shutil
 
 import pytest
@@ -8,8 +7,9 @@ from safetensors.torch import load_file, save_file
 
 from common.devices import Device
 from common.doctor.gpus import check_devices
-from common.doctor.memory import Need, check_memory, find_dtype, model_need, weight_bytes
+from common.doctor.memory import check_memory
 from common.errors import ConfigError
+from common.model_memory import Need, find_dtype, model_need, weight_bytes
 from common.models import TINY
 
 GIB = 2**30
@@ -68,16 +68,8 @@ def test_a_torn_file_is_named(tmp_path):
     assert model_need(model, dtype="auto", positions=1, weights=7).weights == 7
 
 
-def test_a_missing_shard_is_named_and_pickled_weights_count_by_size(tmp_path):
+def test_pickled_weights_count_by_size(tmp_path):
     model = shutil.copytree(TINY / "tiny-l1", tmp_path / "model")
-    index = model / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
-    with pytest.raises(ConfigError, match=r"lacks 1 of 2 weight files, such as model-2\.safetensors"):
-        model_need(model, dtype="auto", positions=1)
-    index.write_text("{}")
-    with pytest.raises(ConfigError, match="no index"):
-        model_need(model, dtype="auto", positions=1)
-    index.unlink()
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     size = (model / "pytorch_model.bin").stat().st_size
     assert model_need(model, dtype="auto", positions=1).weights == size
