@@ -15,7 +15,7 @@ give the rendering. `{% generation %}` marks are not used: published templates m
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Final
 
@@ -33,7 +33,8 @@ class Ending:
     text: str
     """What belongs to the response where nothing follows the answer, up to the end-of-turn token."""
     token: str | None
-    """The end-of-turn token: the first that the template writes there, else the tokenizer's."""
+    """The end-of-turn token: the first that the template writes there, or once a question follows, else the
+    tokenizer's."""
     closed: bool
     """Whether `text` ends with the token."""
 
@@ -93,7 +94,25 @@ class Page:
         """What the template writes after the answer of turn `place` when nothing follows."""
         shown = with_text(self.messages[: place + 1], place, self._texts(place)[-1], self.mark)
         tail = render_messages(self.processor, shown, self.where).rpartition(self.mark)[2]
-        return ending_of(self.processor.tokenizer, tail)
+        found = ending_of(self.processor.tokenizer, tail)
+        return found if found.closed else replace(found, token=self._later_token(shown) or found.token)
+
+    def _later_token(self, shown: Messages) -> str | None:
+        """The token that ends an answer once a question follows: some templates leave the last turn open."""
+        mark, tokenizer = stand_in([self.mark, self.text, *texts_of(shown)]), self.processor.tokenizer
+        question = {"role": "user", "content": [{"type": "text", "text": mark}]}
+        try:
+            later = render_messages(self.processor, [*shown, question], self.where)
+            alone = render_messages(self.processor, [question], self.where)
+        except DataError:  # a template may want an image, or refuse a question there
+            return None
+        pattern = _added_tokens(tokenizer, len(tokenizer), tokenizer.eos_token)
+        after = pattern.search(later.rpartition(self.mark)[2].partition(mark)[0])
+        opening = next(
+            (each.group() for each in pattern.finditer(alone) if each.group() != tokenizer.bos_token), None
+        )
+        # What a conversation begins with opens a turn and ends none.
+        return after.group() if after is not None and after.group() != opening else None
 
     def is_closed(self, place: int, ending: Ending) -> bool:
         """Whether an end-of-turn token follows the answer of turn `place`, whatever the answer."""

@@ -6,6 +6,7 @@ r"""A conversation as chat messages, and what a processor's chat template makes 
 Whatever goes wrong inside a template comes out as one DataError that names the sample.
 """
 
+from datetime import datetime
 from typing import Any, Final
 
 from common.errors import DataError
@@ -17,6 +18,9 @@ CURE: Final = "use a template that writes answers as they are (--chat-template F
 """What to do about most templates."""
 
 _CONTEXT: Final = 12
+
+_DAY: Final = datetime(2026, 1, 1)  # noqa: DTZ001  a date for text, in no time zone
+"""What templates that write today's date are told: text may not depend on the day it is rendered on."""
 
 
 def to_messages(sample: Sample) -> Messages:
@@ -59,7 +63,11 @@ def render_messages(processor: Any, messages: Messages, where: str, *, asks: boo
     if not messages:
         raise DataError(f"{where}: found 0 turns, wanted a question; drop the entry", reason="turns")
     try:
-        text = str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+        text = str(
+            processor.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=asks, strftime_now=_DAY.strftime
+            )
+        )
     except TemplateSyntaxError as error:
         problem = f"is no Jinja template: line {error.lineno}: {error.message}"
         raise _refuse(where, f"{problem}; give another (--chat-template FILE)") from error

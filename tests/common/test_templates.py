@@ -375,3 +375,45 @@ def test_own_answers_need_none_in_the_data(using: Callable[[str], Any]):
     )
     for name in TEMPLATES:
         assert len(to_dialogue(using(name), example, 0).segments) == 2
+
+
+OPEN_LAST = {
+    "separator after": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'][0]['text'] }}"
+        "{% if (loop.last and add_generation_prompt) or not loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>",
+    ),
+    "separator before": (
+        "{% for m in messages %}{% if not loop.first %}<|im_end|>{% endif %}"
+        "{{ m['role'] }}: {{ m['content'][0]['text'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_end|>assistant: {% endif %}",
+        "<|im_end|>",
+    ),
+    "headers only": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'][0]['text'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}",
+        "<|endoftext|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", OPEN_LAST)
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_a_last_turn_left_open_ends_as_the_others_do(using, shape, turns):
+    template, token = OPEN_LAST[shape]
+    processor = using(template)
+    eos, processor.tokenizer.eos_token = processor.tokenizer.eos_token, "<|endoftext|>"
+    try:
+        found = render(processor, talk(turns, 0))
+    finally:
+        processor.tokenizer.eos_token = eos
+    assert [found.text[start:stop].lstrip() for start, stop in found.responses] == [
+        answer + token for answer in ANSWERS[:turns]
+    ]
+    assert found.text.count(token) == (turns if token == "<|endoftext|>" else 2 * turns)
+
+
+def test_text_does_not_depend_on_the_day(using):
+    found = render(using("{{ strftime_now('%d %B %Y') }}: " + fit("qwen3_vl", "<image>")), talk(1, 0)).text
+    assert found.startswith("01 January 2026: ")
