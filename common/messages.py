@@ -19,7 +19,7 @@ CURE: Final = "use a template that writes answers as they are (--chat-template F
 
 _CONTEXT: Final = 12
 
-_DAY: Final = datetime(2026, 1, 1)  # noqa: DTZ001  a date for text, in no time zone
+_DAY: Final = datetime(2026, 1, 1)
 """What templates that write today's date are told: text may not depend on the day it is rendered on."""
 
 
