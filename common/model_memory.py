@@ -43,6 +43,15 @@ class Need:
         return math.ceil((self.weights + self.kv) / devices) + self.logits + ENGINE_BYTES
 
 
+def fitting_share(free: int, total: int) -> float:
+    """Largest `gpu_memory_utilization`, in hundredths, that a GPU in use by others grants.
+
+    vLLM refuses to start where less than that share of the whole memory is free; it looks once its own
+    libraries and CUDA's context are loaded, hence the room for these.
+    """
+    return max(0, free - ENGINE_BYTES) * 100 // total / 100
+
+
 def model_need(directory: Path, *, dtype: str, positions: int, weights: int | None = None) -> Need:
     """What a model needs, from its directory.
 

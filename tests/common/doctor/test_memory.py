@@ -1,6 +1,7 @@
 """A model's need is read from its files, and held against the memory that there is."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -83,7 +84,9 @@ def test_pickled_weights_count_by_size(tmp_path):
         ([gpu(16), gpu(16)], 2, "pass", ""),
         ([gpu(80, free=4)], 1, "fail", "free the GPU"),
         ([gpu(2)], 1, "fail", "a smaller teacher"),
-        ([gpu(21, free=19)], 1, "warn", "--tensor-parallel"),
+        ([gpu(21, free=20)], 1, "warn", "--tensor-parallel"),
+        ([gpu(80, free=40)], 1, "fail", "--engine-arg gpu_memory_utilization=0.48, or free the GPU"),
+        ([gpu(80, free=18)], 1, "fail", "free the GPU"),
         ([gpu(80), gpu(80, free=1)], 1, "pass", ""),
         ([gpu(None)], 1, "skip", ""),
     ],
@@ -92,6 +95,11 @@ def test_a_model_against_gpus(devices, parallel, status, cure):
     found = check_memory("seven", SEVEN, devices, free_ram=0, parallel=parallel)
     assert found.status == status, found
     assert cure in found.cure
+
+
+def test_a_total_that_is_unknown_is_skipped_not_taken_for_zero():
+    unknown = replace(gpu(free=70), total_bytes=None)
+    assert check_memory("seven", SEVEN, [unknown], free_ram=0, parallel=1).status == "skip"
 
 
 @pytest.mark.parametrize(("free", "status"), [(10 * GIB, "fail"), (64 * GIB, "pass")])
