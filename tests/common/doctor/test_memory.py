@@ -1,7 +1,9 @@
 """A model's need is read from its files, and held against the memory that there is."""
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -67,6 +69,34 @@ def test_a_torn_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="bin weights"):
         model_need(model, dtype="auto", positions=1)
     assert model_need(model, dtype="auto", positions=1, weights=7).weights == 7
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_files_that_an_index_does_not_name_do_not_count(kind, tmp_path):
+    model = shutil.copytree(TINY / "tiny-l1", tmp_path / "model")
+    (model / "model.safetensors").rename(model / kind)
+    need = model_need(model, dtype="auto", positions=1)
+    (model / f"{kind}.index.json").write_text(json.dumps({"weight_map": {"a": kind}}))
+    for other in ("consolidated", "adapter_model"):
+        shutil.copy(model / kind, (model / other).with_suffix(Path(kind).suffix))
+    assert model_need(model, dtype="auto", positions=1) == need
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"text_config": [1]}, "text_config that is no JSON object"),
+        ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads = 0, wanted"),
+        ({"text_config": {"num_hidden_layers": "many"}}, "num_hidden_layers = many"),
+        ({"text_config": {"hidden_size": [8]}}, "hidden_size"),
+        ({"text_config": {"vocab_size": float("inf")}}, "vocab_size = inf"),
+    ],
+)
+def test_a_configuration_of_other_types_is_refused_by_name(wrong, words, tmp_path):
+    model = shutil.copytree(TINY / "tiny-l1", tmp_path / "model")
+    (model / "config.json").write_text(json.dumps(wrong))
+    with pytest.raises(ConfigError, match=words):
+        model_need(model, dtype="auto", positions=1)
 
 
 def test_pickled_weights_count_by_size(tmp_path):
