@@ -9,6 +9,7 @@ a few megabytes for the largest models. A directory without any weights passes: 
 """
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable
@@ -19,6 +20,13 @@ from common.errors import ConfigError
 
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.(?P<kind>safetensors|bin)")
 _MOST_HEADER_BYTES = 100_000_000  # what the safetensors library reads at most
+_TENSOR_BYTES = (
+    dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
+    | dict.fromkeys(("U16", "I16", "F16", "BF16"), 2)
+    | dict.fromkeys(("U32", "I32", "F32"), 4)
+    | dict.fromkeys(("U64", "I64", "F64", "C64"), 8)
+)
+"""Bytes per number of the dtypes whose tensors' size is checked."""
 _POINTER = b"version https://git-lfs"
 
 
@@ -37,37 +45,56 @@ def check_checkpoint(directory: Path) -> None:
     if not safe and not index.exists():  # hub snapshots carry the other kind's index without its files
         index, kind = directory / "pytorch_model.bin.index.json", "bin"
     shards = safe if kind == "safetensors" else sorted(directory.glob("*.bin"))
-    places = _read_index(index) if index.exists() else {}
+    places = read_index(index) if index.exists() else {}
     if places:
         _check_named(index, set(places.values()))
     _check_numbers(directory, {*(each.name for each in shards), *places.values()})
     _check_tensors(index, places, {each.name: _read_names(each) for each in shards})
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    """File of each tensor."""
+def read_index(index: Path) -> dict[str, str]:
+    """File of each tensor.
+
+    Raises:
+        ConfigError: It cannot be read, or names what is no file beside it.
+    """
     try:
         found = json.loads(index.read_bytes())
         places = found["weight_map"]
         sound = bool(places) and all(isinstance(each, str) for each in places.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{index} is damaged ({error!r}); wanted JSON with a `weight_map` from tensors to files; "
             "copy or download it again"
         ) from error
     if not sound:
         raise ConfigError(f"{index} is damaged: its `weight_map` names no files; copy or download it again")
+    outside = next(
+        (each for each in places.values() if each in ("", ".", "..") or set(each) & set("/\\")), None
+    )
+    if outside is not None:
+        raise ConfigError(
+            f"{index} is damaged: it names {outside[:100]!r}, wanted files beside it, without a folder; "
+            "copy or download it again"
+        )
     return dict(places)
 
 
 def _check_named(index: Path, names: set[str]) -> None:
-    missing = sorted(name for name in names if not (index.parent / name).is_file())
+    missing = sorted(name for name in names if not _is_file(index.parent / name))
     if missing:
         none = "none" if len(missing) == len(names) else f"{len(names) - len(missing)}"
         raise ConfigError(
             f"{index.parent} has {none} of the {len(names)} weight files that {index.name} names; "
             f"{_some(missing)} is not there; copy or download it again"
         )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name too long, a folder that may not be entered
+        return False
 
 
 def _check_numbers(directory: Path, names: Iterable[str]) -> None:
@@ -78,17 +105,32 @@ def _check_numbers(directory: Path, names: Iterable[str]) -> None:
         if match:
             found.setdefault((match["stem"], match["count"], match["kind"]), set()).add(int(match["number"]))
     for (stem, count, kind), numbers in found.items():
-        missing = sorted(set(range(1, int(count) + 1)) - numbers)
-        if missing:
-            names = [f"{stem}-{number:0{len(count)}d}-of-{count}.{kind}" for number in missing]
+        num_missing = int(count) - sum(1 <= number <= int(count) for number in numbers)
+        if num_missing:
+            first = next(number for number in range(1, int(count) + 1) if number not in numbers)
+            name = f"{stem}-{first:0{len(count)}d}-of-{count}.{kind}"
             raise ConfigError(
-                f"{directory} has {len(numbers)} of {int(count)} weight files: {_some(names)} is neither "
-                "there nor in an index; copy or download the model again"
+                f"{directory} has {len(numbers)} of {int(count)} weight files: {_some([name], num_missing)} "
+                "is neither there nor in an index; copy or download the model again"
             )
 
 
 def _read_names(file: Path) -> frozenset[str] | None:
     """Names of a safetensors file's tensors; None for a file of another format, which is not read."""
+    try:
+        return _names_within(file)
+    except FileNotFoundError as error:  # a hub snapshot links to files, which a clean-up may have removed
+        raise ConfigError(
+            f"{file} is a link to a file that is missing from the snapshot; download it again"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be read ({error.strerror or error}), wanted a file of weights; "
+            "copy or download it again, or check its permissions"
+        ) from error
+
+
+def _names_within(file: Path) -> frozenset[str] | None:
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(len(_POINTER))
@@ -113,16 +155,40 @@ def _read_header(file: Path, text: bytes) -> dict[str, tuple[int, int]]:
     """Range of bytes of each tensor, after the header."""
     try:
         found: dict[str, Any] = json.loads(text)
-        return {
-            name: (int(each["data_offsets"][0]), int(each["data_offsets"][1]))
-            for name, each in found.items()
-            if name != "__metadata__"
-        }
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        ranges = {name: _range(each) for name, each in found.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{file} is no safetensors file: its header is not the JSON it should be "
             f"({type(error).__name__}); copy or download it again"
         ) from error
+    end = 0
+    for name, (start, stop) in sorted(ranges.items(), key=lambda each: each[1]):
+        if start != end:
+            raise _no_header(file, name, f"bytes {start:,} to {stop:,}, the tensor before ends at {end:,}")
+        end = stop
+    for name in ranges:
+        tensor, held = found[name], ranges[name][1] - ranges[name][0]
+        item = _TENSOR_BYTES.get(tensor["dtype"])
+        if item is not None and held != (wanted := math.prod(tensor["shape"]) * item):
+            raise _no_header(file, name, f"{held:,} bytes, its shape and dtype take {wanted:,}")
+    return ranges
+
+
+def _range(tensor: dict[str, Any]) -> tuple[int, int]:
+    """A tensor's bytes, once its entry has the types it should have."""
+    start, stop = tensor["data_offsets"]
+    if not all(type(each) is int and each >= 0 for each in (start, stop, *tensor["shape"])) or stop < start:
+        raise ValueError(tensor)
+    if not isinstance(tensor["dtype"], str):
+        raise TypeError(tensor)
+    return start, stop
+
+
+def _no_header(file: Path, name: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"{file} is no safetensors file: its header gives tensor {name[:200]} {what}; "
+        "copy or download it again"
+    )
 
 
 def _not_whole(file: Path, size: int, what: str) -> ConfigError:
@@ -141,6 +207,8 @@ def _check_tensors(index: Path, places: dict[str, str], tensors: dict[str, froze
         )
 
 
-def _some(names: list[str]) -> str:
-    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-    return f"{names[0]}{more}"
+def _some(names: list[str], number: int | None = None) -> str:
+    """The first of `number` names (by default all that are given), and how many more there are."""
+    number = len(names) if number is None else number
+    more = f" (and {number - 1:,} more)" if number > 1 else ""
+    return f"{names[0][:300]}{more}"

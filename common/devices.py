@@ -19,6 +19,8 @@ from common.errors import EngineError
 _FIELDS = "index,uuid,name,memory.total,memory.free,driver_version"
 _CUDA = re.compile(r"CUDA (?:UMD )?Version\s*:\s*([0-9.]+)")
 _PART = re.compile(r"(MIG \S+) .*\(UUID: (MIG-[^)]+)\)")
+_ROW = re.compile(r"^[ \t]*\d+[ \t]*,.*$", re.MULTILINE)
+_LISTED = re.compile(r"^GPU \d+:", re.MULTILINE)
 _MIB = 2**20
 _WSL = "/usr/lib/wsl/lib"  # where Windows puts nvidia-smi; not always on PATH
 _SECONDS = 60  # without the persistence daemon, eight GPUs take many seconds to wake
@@ -113,15 +115,17 @@ def _is_named(device: Device, name: str) -> bool:
 
 
 def _all_devices(tool: str) -> list[Device]:
-    rows = _ask(tool, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits")
-    cuda = _CUDA.search(_ask(tool, "-q", "-d", "MEMORY")) if rows else None
-    return [_to_device(tool, row, cuda.group(1) if cuda else "") for row in rows.splitlines() if row.strip()]
+    said = _ask(tool, f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits", wanted=_ROW)
+    # Other lines beside rows are warnings, such as `WARNING: infoROM is corrupted at gpu 0000:17:00.0`.
+    rows = _ROW.findall(said) or [line for line in said.splitlines() if line.strip()]
+    cuda = _CUDA.search(_ask(tool, "-q", "-d", "MEMORY", wanted=_CUDA)) if rows else None
+    return [_to_device(tool, row.strip(), cuda.group(1) if cuda else "") for row in rows]
 
 
 def _parts(tool: str, devices: list[Device]) -> list[Device]:
     """Parts that GPUs are split into; the driver does not report how much of one is free."""
     whole, found = None, []
-    for line in _ask(tool, "-L").splitlines():
+    for line in _ask(tool, "-L", wanted=_LISTED).splitlines():
         whole = next((each for each in devices if f"(UUID: {each.uuid})" in line), whole)
         part = _PART.search(line)
         if part and whole:
@@ -130,17 +134,27 @@ def _parts(tool: str, devices: list[Device]) -> list[Device]:
     return found
 
 
-def _ask(tool: str, *arguments: str) -> str:
-    """Output of the tool; empty where it finds no GPU."""
+def _ask(tool: str, *arguments: str, wanted: re.Pattern[str]) -> str:
+    """Output of the tool; empty where it finds no GPU.
+
+    A status other than zero is no failure where the output has what was asked for: it is 14 for a warning.
+    """
     command = [tool, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_SECONDS,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise EngineError(f"{tool} does not answer: {error}; check the GPU's driver") from error
     said = (done.stdout + done.stderr).strip()
     if "No devices were found" in said:
         return ""
-    if done.returncode != 0:
+    if done.returncode != 0 and not wanted.search(done.stdout):
         raise EngineError(
             f"{tool} fails with status {done.returncode}: {said.splitlines()[0] if said else 'no output'}; "
             "repair the GPU's driver until nvidia-smi runs"

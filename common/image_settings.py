@@ -9,6 +9,7 @@ differ, rather than fit by mistake. Pillow and torchvision round differently whe
 255 grey levels on smooth pictures, 23 on noise), so the back end counts.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,6 +146,8 @@ def _to_json(value: Any) -> Any:
         return [_to_json(item) for item in value]
     if isinstance(value, bool | str):
         return value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such numbers, and NaN would differ from itself
     if isinstance(value, int | float):
         return int(value) if value == int(value) else float(f"{value:.9g}")
     return str(value)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from common.checkpoint_files import read_index
 from common.errors import ConfigError
 
 GIB: Final = 2**30
@@ -43,6 +44,15 @@ class Need:
         return math.ceil((self.weights + self.kv) / devices) + self.logits + ENGINE_BYTES
 
 
+def fitting_share(free: int, total: int) -> float:
+    """Largest `gpu_memory_utilization`, in hundredths, that a GPU in use by others grants.
+
+    vLLM refuses to start where less than that share of the whole memory is free; it looks once its own
+    libraries and CUDA's context are loaded, hence the room for these.
+    """
+    return max(0, free - ENGINE_BYTES) * 100 // total / 100
+
+
 def model_need(directory: Path, *, dtype: str, positions: int, weights: int | None = None) -> Need:
     """What a model needs, from its directory.
 
@@ -57,12 +67,20 @@ def model_need(directory: Path, *, dtype: str, positions: int, weights: int | No
     """
     config = _read_config(directory)
     text = config.get("text_config") or config
+    if not isinstance(text, dict):
+        raise ConfigError(
+            f"{directory}/config.json has a text_config that is no JSON object ({str(text)[:100]}); "
+            "copy or download the model again"
+        )
     item = DTYPE_BYTES[find_dtype(config) if dtype == "auto" else dtype]
-    layers, heads = int(text.get("num_hidden_layers", 32)), int(text.get("num_attention_heads", 32))
-    width = int(text.get("hidden_size", 4096))
-    head = int(text.get("head_dim") or width // heads)
-    kv = 2 * layers * int(text.get("num_key_value_heads") or heads) * head * item
-    rows = int(text.get("vocab_size") or config.get("vocab_size") or 32_000)
+
+    def count(name: str, default: int) -> int:
+        return _count(directory, name, default if text.get(name) is None else text[name])
+
+    layers, heads = count("num_hidden_layers", 32), count("num_attention_heads", 32)
+    head = count("head_dim", max(1, count("hidden_size", 4096) // heads))
+    kv = 2 * layers * count("num_key_value_heads", heads) * head * item
+    rows = count("vocab_size", config.get("vocab_size") or 32_000)
     found = _weights(directory, item)
     weights = weights if found is None else found
     if weights is None:
@@ -70,20 +88,44 @@ def model_need(directory: Path, *, dtype: str, positions: int, weights: int | No
     return Need(weights, kv * positions, _CHUNK_ROWS * rows * 4 * _LOGIT_COPIES)
 
 
+def _count(directory: Path, name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(
+            f"{directory}/config.json has {name} = {str(value)[:100]}, wanted a whole number of at least 1; "
+            "copy or download the model again"
+        )
+    return value
+
+
 def _weights(directory: Path, item: int) -> int | None:
     """Bytes of the weights; None where there are none. Pickled ones count as they are stored."""
-    files = sorted(directory.glob("*.safetensors"))
+    files = _loaded(directory, "model.safetensors", "*.safetensors")
     if files:
         return sum(weight_bytes(file, item) for file in files)
-    return sum(file.stat().st_size for file in directory.glob("*.bin")) or None
+    return sum(map(_size, _loaded(directory, "pytorch_model.bin", "*.bin"))) or None
+
+
+def _loaded(directory: Path, whole: str, pattern: str) -> list[Path]:
+    """Files that an index names, where there is one: others, such as `consolidated`, hold the same again."""
+    found, index = sorted(directory.glob(pattern)), directory / f"{whole}.index.json"
+    if not found or not index.exists():
+        return found
+    named = set(read_index(index).values())
+    return [file for file in found if file.name in named] or found
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error}); download or copy the model again") from error
 
 
 def find_dtype(config: dict[str, Any]) -> str:
     """The dtype of the weights in a configuration; float32 when there is none."""
-    text = config.get("text_config") or {}
-    found = next(
-        (each.get(key) for each in (config, text) for key in ("dtype", "torch_dtype") if each.get(key)), ""
-    )
+    text = config.get("text_config")
+    both = (config, text if isinstance(text, dict) else {})
+    found = next((each.get(key) for each in both for key in ("dtype", "torch_dtype") if each.get(key)), "")
     name = str(found).removeprefix("torch.")
     return name if name in DTYPE_BYTES else "float32"
 
@@ -101,11 +143,17 @@ def weight_bytes(file: Path, item: int) -> int:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(stream.read(length))
         tensors = [tensor for name, tensor in header.items() if name != "__metadata__"]
-        return sum(math.prod(tensor["shape"]) * _item(tensor["dtype"], item) for tensor in tensors)
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        return sum(_numbers(tensor["shape"]) * _item(tensor["dtype"], item) for tensor in tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ConfigError(
             f"{file} is no safetensors file ({error}); download or copy the model again"
         ) from error
+
+
+def _numbers(shape: Any) -> int:
+    if not all(type(each) is int and each >= 0 for each in shape):
+        raise ValueError(f"a shape of {str(shape)[:100]}")
+    return math.prod(shape)
 
 
 def _item(stored: str, item: int) -> int:
@@ -117,7 +165,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         found = json.loads((directory / "config.json").read_text("utf-8"))
         if isinstance(found, dict):
             return found
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{directory} has no config.json that can be read ({error}); check --model"
         ) from error

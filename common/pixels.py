@@ -29,7 +29,10 @@ OWN_BOUNDS: Final = "model_pixels"
 
 _BOUNDED: Final = "Qwen2VLImageProcessor"
 _GOVERNING: Final = ("image_grid_pinpoints", "max_patches", "max_image_size", "crop_size", "size")
-_PIXELS: Final = re.compile(r"([0-9][0-9_,]*)|([0-9]*\.?[0-9]+) ?mp", re.IGNORECASE)
+_PIXELS: Final = re.compile(
+    r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+(?:_[0-9]+)*)|([0-9]*\.?[0-9]+) ?mp", re.IGNORECASE
+)
+_MOST_CHARACTERS: Final = 30
 
 
 def parse_pixels(text: object) -> object:
@@ -40,6 +43,11 @@ def parse_pixels(text: object) -> object:
     """
     if not isinstance(text, str):
         return text
+    if len(text.strip()) > _MOST_CHARACTERS:
+        raise ValueError(
+            f"wanted a number of pixels such as 1003520 or 1.3MP, found {len(text):,} characters: "
+            f"{text.strip()[:_MOST_CHARACTERS]!r}…"
+        )
     found = _PIXELS.fullmatch(text.strip())
     if found is None:
         raise ValueError(f"wanted a number of pixels such as 1003520 or 1.3MP, found {text!r}")

@@ -126,7 +126,7 @@ def _read_template(file: str) -> str:
         return text
     try:
         found = json.loads(text)["chat_template"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         found = None
     if not isinstance(found, str):
         raise ConfigError(

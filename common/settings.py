@@ -20,6 +20,8 @@ from common.errors import ConfigError
 
 DEFAULT_FILE = "cascache.toml"
 """Read from the working directory when it is there and no other file is named."""
+_MOST_SHOWN = 200
+"""Characters of an invalid value that an error repeats."""
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -160,5 +162,11 @@ def validate_settings(model: type[Model], values: Mapping[str, Any], prog: str) 
         problems = []
         for problem in error.errors(include_url=False):
             flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            problems.append(f"{flag}: {problem['msg']} (found {problem['input']!r})")
+            problems.append(f"{flag}: {problem['msg']} (found {_shown(problem['input'])})")
         raise ConfigError(f"{'; '.join(problems)}; see {prog} --help") from error
+
+
+def _shown(value: object) -> str:
+    """A value in full, unless it would fill the terminal."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"

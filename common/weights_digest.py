@@ -155,7 +155,7 @@ def _recall(memory: Path) -> dict[str, str]:
             if stat.st_uid != os.getuid() or stat.st_mode & 0o022:
                 return {}
             found = json.load(file)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(found, dict):
         return {}

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from common.devices import Device, driver_tool, find_devices, free_memory, num_cores, vllm_build
 from common.errors import ConfigError
-from common.model_memory import DTYPE_BYTES, ENGINE_BYTES, GIB, GPU_SHARE, Need, model_need
+from common.model_memory import DTYPE_BYTES, ENGINE_BYTES, GIB, GPU_SHARE, Need, fitting_share, model_need
 from common.models import PRESETS
 from teacher_dump.config import DumpConfig
 from teacher_dump.teacher import Teacher
@@ -80,6 +80,22 @@ def _check_gpus(config: DumpConfig, teacher: Teacher, max_len: int, devices: Seq
             f"{_gib(min(known))} to use there, wanted {_gib(need.per_device(each))} ({_parts(need, each)}); "
             f"{_cures(config, teacher, need, min(known), len(devices))}"
         )
+    for device in used:
+        _check_shared(device, share, need.per_device(each))
+
+
+def _check_shared(device: Device, share: float, need: int) -> None:
+    """VLLM does not start where less is free than the share that it may take, however little it needs."""
+    free, total = device.free_bytes, device.total_bytes
+    if free is None or not total or free >= share * total:
+        return
+    lower = fitting_share(free, total)
+    cure = f"--engine-arg gpu_memory_utilization={lower:g}, or " if lower * total >= need else ""
+    raise ConfigError(
+        f"GPU {device.index} ({device.name}) is in use: found {_gib(free)} of {_gib(total)} free, wanted "
+        f"{_gib(share * total)}, the share of {share:g} that vLLM reserves (this teacher needs {_gib(need)} "
+        f"there); use {cure}a GPU that nothing else uses"
+    )
 
 
 def _check_cpu(config: DumpConfig, teacher: Teacher, max_len: int) -> None:

@@ -88,29 +88,50 @@ def quantised_head(path: Path) -> str | None:
 
 
 def _from_tensors(files: Iterable[Path]) -> str | None:
-    from safetensors import safe_open
+    from safetensors import SafetensorError
 
     for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  not a mapping
-                match = _HEAD.search(name)
-                if match is None:
-                    continue
-                dtype = tensors.get_slice(name).get_dtype()
-                if match[1] not in ("weight", "bias") or dtype not in _PLAIN:
-                    return f"{name} is {dtype}"
+        try:
+            found = _from_file(file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"{file} is no safetensors file that can be read ({error}); copy or download it again"
+            ) from error
+        if found is not None:
+            return found
+    return None
+
+
+def _from_file(file: Path) -> str | None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  not a mapping
+            match = _HEAD.search(name)
+            if match is None:
+                continue
+            dtype = tensors.get_slice(name).get_dtype()
+            if match[1] not in ("weight", "bias") or dtype not in _PLAIN:
+                return f"{name} is {dtype}"
     return None
 
 
 def _from_config(file: Path) -> str | None:
-    config = json.loads(file.read_text("utf-8")) if file.exists() else {}
-    quantisation = config.get("quantization_config") or (config.get("text_config") or {}).get(
-        "quantization_config"
-    )
-    if not quantisation:
-        return None
-    method = str(quantisation.get("quant_method", "unknown"))
-    return f"quantization_config of {method}" if _covers_head(method, quantisation) else None
+    try:
+        config = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        quantisation = config.get("quantization_config") or (config.get("text_config") or {}).get(
+            "quantization_config"
+        )
+        if not quantisation:
+            return None
+        method = str(quantisation.get("quant_method", "unknown"))
+        return f"quantization_config of {method}" if _covers_head(method, quantisation) else None
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
+        raise ConfigError(
+            f"{file} cannot be read as a model's configuration ({str(error)[:200]}), wanted a "
+            "quantization_config that is a JSON object, and names or regular expressions in its lists; "
+            "copy or download the model again"
+        ) from error
 
 
 def _covers_head(method: str, quantisation: Mapping[str, Any]) -> bool:

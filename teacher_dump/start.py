@@ -39,6 +39,8 @@ QUIET_LOGGERS = (
 _METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 _RAISED = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Exit)\b(?:: .*\S)?)\s*$")
 _DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (\S+)\)")
+_KILLED = re.compile(r"Engine core initialization failed.*Failed core proc\(s\): \{(?:\}|.*: -\d+)")
+"""No process is named, or one with the negative number of the signal that ended it."""
 _EMPTY_WORDS = ("Engine core initialization failed", "See stack trace", "See root cause")
 
 
@@ -164,6 +166,12 @@ class EngineLog:
         cause = self._cause() if self.path else None
         if cause and any(each in words for each in _EMPTY_WORDS):
             words = cause
+        elif self.path and _KILLED.search(words):
+            words = (
+                "vLLM's engine process was killed while it started and left no error of its own, most often "
+                "for want of memory (see `dmesg`); free main memory, or use fewer --workers, a smaller "
+                "--max-len or a smaller --model"
+            )
         return words + (f"; its log is {self.path}" if self.path and self.path.stat().st_size else "")
 
     def _cause(self) -> str | None:

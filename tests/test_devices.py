@@ -94,6 +94,21 @@ def test_parts_of_a_gpu_are_found_by_their_names(install: Install, monkeypatch: 
     assert found.name.endswith("MIG 3g.40gb")
 
 
+@pytest.mark.parametrize("status", [0, 14])
+def test_a_warning_beside_the_rows_stops_nothing(status: int, install: Install):
+    install(row(0) + row(1) + "WARNING: infoROM is corrupted at gpu 0000:17:00.0\n", status=status)
+    assert [(each.index, each.cuda) for each in find_devices()] == [(0, "12.9"), (1, "12.9")]
+
+
+def test_bytes_that_are_no_text_are_no_traceback(install: Install, tmp_path: Path):
+    install("")
+    (tmp_path / "rows").write_bytes(row(0).encode() + b"\xff\xfe\n")
+    assert len(find_devices()) == 1
+    (tmp_path / "rows").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(EngineError, match="describes a GPU as"):
+        find_devices()
+
+
 def test_unknown_memory_is_not_zero(install: Install):
     install("0, GPU-0, NVIDIA GB10, [N/A], [N/A], 580.82\n")
     assert find_devices()[0].free_bytes is None

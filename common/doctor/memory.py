@@ -7,7 +7,7 @@ from typing import Final
 from common.devices import Device
 from common.doctor.check import Check, Finding
 from common.doctor.host import size
-from common.model_memory import ENGINE_BYTES, GPU_SHARE, Need
+from common.model_memory import ENGINE_BYTES, GPU_SHARE, Need, fitting_share
 
 _TIGHT: Final = 0.9
 _PARALLEL: Final = (2, 4, 8, 16)
@@ -45,17 +45,29 @@ def check_memory(
         return finding.passes() if fits else finding.fails(f"{name} does not fit: take a smaller teacher")
     used = devices[:parallel]
     room = [device.free_bytes for device in used if device.free_bytes is not None]
-    if len(room) < len(used):
-        return Check("memory", "skip", "the driver does not report free memory", wanted, "", values)
-    allowed = min(int(share * (device.total_bytes or 0)) for device in used)
+    totals = [device.total_bytes for device in used if device.total_bytes]
+    if len(room) < len(used) or len(totals) < len(used):
+        return Check(
+            "memory", "skip", "the driver does not report how much memory there is", wanted, "", values
+        )
+    allowed = min(int(share * total) for total in totals)
     said = f"{size(min(room))} free on the fullest of {len(used)}, vLLM takes up to {size(allowed)}"
     finding = Finding("memory", said, wanted, values | {"free_bytes": min(room), "allowed_bytes": allowed})
     usable = min(*room, allowed)
     if each > usable:
         return finding.fails(_memory_cure(need, usable))
+    in_use = [(free, total) for free, total in zip(room, totals, strict=True) if free < share * total]
+    if in_use:  # vLLM does not start there, however little the model needs
+        return finding.fails(_share_cure(each, in_use))
     if each > _TIGHT * usable:
         return finding.warns("tight: lower --max-len, or spread it (--tensor-parallel)")
     return finding.passes()
+
+
+def _share_cure(each: int, in_use: Sequence[tuple[int, int]]) -> str:
+    lower = min(fitting_share(free, total) for free, total in in_use)
+    enough = all(lower * total >= each for _, total in in_use)
+    return (f"--engine-arg gpu_memory_utilization={lower:g}, or " if enough else "") + "free the GPU first"
 
 
 def _memory_cure(need: Need, usable: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,26 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "index-without-files": (lambda m: (m / INDEX).write_text('{"weight_map": {}}'), "names no files"),
     "index-of-numbers": (lambda m: (m / INDEX).write_text('{"weight_map": {"a": 1}}'), "names no files"),
     "incomplete-index": (_drop_shard_everywhere, f"2 of 3 weight files: {SHARDS[1]} is neither"),
+    "path-outside": (
+        lambda m: _edit(m, lambda places: places.update(a="../x")),
+        "names '../x', wanted files",
+    ),
+    "absolute-path": (lambda m: _edit(m, lambda places: places.update(a="/etc/x")), "names '/etc/x'"),
+    "parent": (lambda m: _edit(m, lambda places: places.update(a="..")), "names '..'"),
+    "name-too-long": (
+        lambda m: _edit(m, lambda places: places.update(a="x" * 5000)),
+        "x is not there|x+ is not",
+    ),
+    "deep-index": (lambda m: (m / INDEX).write_text("[" * 100_000), f"{INDEX} is damaged"),
+    "dangling-link": (
+        lambda m: (m / "extra.safetensors").symlink_to(m / "gone"),
+        "missing from the snapshot; download it again",
+    ),
+    "folder": (lambda m: (m / "extra.safetensors").mkdir(), "cannot be read"),
+    "millions": (
+        lambda m: shutil.copy(m / SHARDS[0], m / "model-00001-of-9999999.safetensors"),
+        r"model-0000002-of-9999999.safetensors \(and 9,999,997 more\)",
+    ),
     "unknown-tensor": (
         lambda m: _edit(m, lambda places: places.update({"a.b": SHARDS[0]})),
         f"{SHARDS[0]} holds no tensor a.b",
@@ -88,6 +109,50 @@ def test_a_damaged_checkpoint_is_refused_with_the_file_named(fault: str, sharded
         check_checkpoint(sharded)
     assert str(sharded) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def _file(path: Path, header: str, num_bytes: int) -> None:
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(num_bytes))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ('"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}', ""),
+        (
+            '"a": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}, '
+            '"b": {"dtype": "I8", "shape": [4], "data_offsets": [4, 8]}',
+            "",
+        ),
+        ('"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}', ""),
+        (
+            '"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}',
+            "8 bytes, its shape and dtype take 12",
+        ),
+        ('"a": {"dtype": "I8", "shape": [4], "data_offsets": [4, 8]}', "the tensor before ends at 0"),
+        (
+            '"a": {"dtype": "I8", "shape": [6], "data_offsets": [0, 6]}, '
+            '"b": {"dtype": "I8", "shape": [4], "data_offsets": [4, 8]}',
+            "tensor b .* before ends at 6",
+        ),
+        ('"a": {"dtype": "I8", "shape": [8], "data_offsets": [8, 0]}', "is no safetensors file"),
+        ('"a": {"dtype": "I8", "shape": [8], "data_offsets": [-8, 0]}', "is no safetensors file"),
+        ('"a": {"dtype": "I8", "shape": [8], "data_offsets": [0, 1e400]}', "is no safetensors file"),
+        ('"a": {"dtype": "I8", "shape": [-2, -4], "data_offsets": [0, 8]}', "is no safetensors file"),
+        ('"a": {"dtype": [], "shape": [8], "data_offsets": [0, 8]}', "is no safetensors file"),
+        ('"a": {"dtype": "I8", "shape": 8, "data_offsets": [0, 8]}', "is no safetensors file"),
+        ('"a": ' + "[" * 100_000, "is no safetensors file"),
+    ],
+)
+def test_a_header_has_to_describe_the_bytes_one_tensor_after_another(
+    tensors: str, words: str, tmp_path: Path
+):
+    _file(tmp_path / "model.safetensors", "{" + tensors + "}", 8)
+    if not words:
+        check_checkpoint(tmp_path)
+        return
+    with pytest.raises(ConfigError, match=words):
+        check_checkpoint(tmp_path)
 
 
 def test_whole_checkpoints_of_every_form_pass(sharded: Path, tmp_path: Path):

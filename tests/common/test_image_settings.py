@@ -289,3 +289,11 @@ def test_the_shipped_presets_fit_each_other():
         for name in ("tiny", "tiny-l1", "tiny-student")
     }
     assert len(marks) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_lacks_are_their_names_and_equal_themselves(value: float):
+    name, changes = "Qwen2VLImageProcessor", {"image_mean": [value, 0.5, 0.5]}
+    first, second = (Bare(make(name, **changes)) for _ in range(2))
+    assert image_settings(first)["image_processor"]["image_mean"] == [str(value), 0.5, 0.5]
+    assert image_processor_fingerprint(first) == image_processor_fingerprint(second)

@@ -77,10 +77,20 @@ def test_eval_takes_pixels():
     assert found.max_pixels == 1_000_000
 
 
-@pytest.mark.parametrize("text", ["", "0", "-5", "1.5", "1e6", "0MP", "1MB", "many", "1" * 20])
+@pytest.mark.parametrize(
+    "text",
+    ["", "0", "-5", "1.5", "1e6", "0MP", "1MB", "many", "1" * 20, "1,3", "1,0000", ",1", "1,003,52", "1__0"],
+)
 def test_what_is_no_number_of_pixels_is_refused(text: str):
     with pytest.raises(ConfigError, match="--max-pixels"):
         load_settings(DumpConfig, [f"--max-pixels={text}"], prog="p")
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 400 + "MP", "9" * 5000])
+def test_a_number_of_hundreds_of_digits_is_refused_in_a_short_line(text: str):
+    with pytest.raises(ConfigError, match=r"--max-pixels.*such as 1003520") as refused:
+        load_settings(DumpConfig, [f"--max-pixels={text}"], prog="p")
+    assert len(str(refused.value)) < 400
 
 
 @pytest.mark.parametrize(("family", "cell"), BOUNDED.items())

@@ -50,6 +50,7 @@ BAD = {
     "latin.jinja": (b"\xff\xfe", "cannot be read"),
     "list.json": (b"[1]", "has no text called chat_template"),
     "torn.json": (b'{"chat_template": ', "has no text called chat_template"),
+    "deep.json": (b"[" * 100_000, "has no text called chat_template"),
     "other.json": (b'{"template": "x"}', "has no text called chat_template"),
     "torn.jinja": (b"{% for turn in messages %}\n{{ turn.role }", "is no Jinja template: line 2: "),
     "empty.jinja": (b" \n", "is empty"),

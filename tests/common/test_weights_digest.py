@@ -111,12 +111,17 @@ def test_the_memory_is_private_bounded_and_keeps_the_latest(
     assert [file.name for file in memory.parent.iterdir()] == ["weights.json"]
 
 
-@pytest.mark.parametrize("damage", ["garbage", "others may write", "no digest", "a list"])
+@pytest.mark.parametrize("damage", ["garbage", "nested", "others may write", "no digest", "a list"])
 def test_a_memory_that_cannot_be_trusted_is_not_used(damage: str, model: Path, memory: Path):
     weights_sha256(model)
     wrong = f'{{"{files_state(sorted(model.iterdir()))}": "{"0" * 64}"}}'
     memory.write_text(
-        {"garbage": "{", "no digest": wrong.replace("0" * 64, "zero"), "a list": "[]"}.get(damage, wrong)
+        {
+            "garbage": "{",
+            "nested": "[" * 100_000,
+            "no digest": wrong.replace("0" * 64, "zero"),
+            "a list": "[]",
+        }.get(damage, wrong)
     )
     if damage == "others may write":
         memory.chmod(0o666)

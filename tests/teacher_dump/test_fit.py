@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -61,12 +62,17 @@ def problem(model: Path | str, **settings: object) -> str:
     ("settings", "free_mib", "words"),
     [
         ({}, 80000, ()),
-        ({}, 40000, ()),
+        (
+            {},
+            40000,
+            ("is in use", "39.1 GiB of 79.6", "73.3 GiB", "--engine-arg gpu_memory_utilization=0.47"),
+        ),
+        ({"engine_arg": ("gpu_memory_utilization=0.47",)}, 40000, ()),
         ({}, 15000, ("14.6 GiB to use", "weights 14.9 GiB", "what would fit", "--tensor-parallel 2")),
         ({}, 15500, ("--quantization fp8",)),
-        ({"quantization": "fp8"}, 15000, ()),
+        ({"quantization": "fp8", "engine_arg": ("gpu_memory_utilization=0.17",)}, 15000, ()),
         ({"dtype": "float32"}, 30000, ("weights 29.8 GiB",)),
-        ({"tensor_parallel": 2}, 15000, ()),
+        ({"tensor_parallel": 2, "engine_arg": ("gpu_memory_utilization=0.17",)}, 15000, ()),
         ({"tensor_parallel": 2, "workers": 2}, 80000, ("need 4 GPUs, 3 GPUs are here",)),
         ({"tensor_parallel": 4}, 80000, ("--tensor-parallel 4", "need 4 GPUs")),
         ({"pipeline_parallel": 2, "tensor_parallel": 2}, 80000, ("--pipeline-parallel 2", "need 4 GPUs")),
@@ -74,7 +80,7 @@ def problem(model: Path | str, **settings: object) -> str:
         ({"workers": 4}, 80000, ("--workers 4", "need 4 GPUs")),
         ({"workers": 4, "ray": "auto"}, 80000, ()),  # the devices are the cluster's
         ({"engine_arg": ("gpu_memory_utilization=0.1",)}, 80000, ("8.0 GiB to use",)),
-        ({"engine_arg": ("cpu_offload_gb=8",)}, 12000, ()),
+        ({"engine_arg": ("cpu_offload_gb=8", "gpu_memory_utilization=0.13")}, 12000, ()),
     ],
 )
 def test_gpus_too_few_or_too_small_are_named_with_what_would_fit(
@@ -90,6 +96,16 @@ def test_the_fullest_gpu_decides(gpus: Path, large: Path):
     write_tool(gpus, row(0) + row(1, 3000))
     assert "does not fit GPU 1" in problem(large, dtype="bfloat16", tensor_parallel=2)
     assert problem(large, dtype="bfloat16") == ""
+
+
+def test_the_share_that_a_refusal_names_is_enough(gpus: Path, large: Path):
+    """vLLM does not start where less than its share is free, even where the teacher would fit."""
+    for free_mib in range(18500, 75000, 7001):
+        write_tool(gpus, row(0, free_mib))
+        said = problem(large, dtype="bfloat16")
+        share = re.search(r"--engine-arg (gpu_memory_utilization=0\.\d+)", said)
+        assert share is not None, said
+        assert problem(large, dtype="bfloat16", engine_arg=(share[1],)) == ""
 
 
 def test_unknown_memory_refuses_nothing(gpus: Path, large: Path):

@@ -120,6 +120,31 @@ def test_a_configuration_tells_a_quantised_head_before_weights_are_there(
     assert (quantised_head(write_checkpoint(tmp_path / "model", {}, quantisation)) is not None) == quantised
 
 
+@pytest.mark.parametrize(
+    "quantisation",
+    [
+        "fp8",
+        [1],
+        {"quant_method": LLMC, "ignore": ["re:(lm_head"]},
+        {"quant_method": LLMC, "ignore": [1]},
+        {"quant_method": LLMC, "ignore": 1},
+        {"quant_method": "auto-round", "extra_config": {"lm_head": {"bits": "few"}}},
+        {"quant_method": "auto-round", "extra_config": [1]},
+    ],
+)
+def test_a_configuration_of_other_types_is_refused_by_name(quantisation: Any, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read as a model's configuration"):
+        quantised_head(write_checkpoint(tmp_path / "model", {}, quantisation))
+
+
+@pytest.mark.parametrize("held", [b"", b"x" * 99])
+def test_a_file_that_safetensors_cannot_read_is_named(held: bytes, tmp_path: Path):
+    path = write_checkpoint(tmp_path / "model", {})
+    (path / "model.safetensors").write_bytes(held)
+    with pytest.raises(ConfigError, match=r"model\.safetensors is no safetensors file"):
+        quantised_head(path)
+
+
 def test_a_quantised_head_is_refused_with_every_flag_to_change(tmp_path: Path):
     path = write_checkpoint(tmp_path / "model", {"lm_head.weight": PLAIN.to(torch.float8_e4m3fn)})
     with pytest.raises(ConfigError, match=r"weight is F8_E4M3.*--head-dtype auto --relation-of hidden"):

@@ -1,6 +1,9 @@
 """A model's need is read from its files, and held against the memory that there is."""
 
+import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -68,6 +71,34 @@ def test_a_torn_file_is_named(tmp_path):
     assert model_need(model, dtype="auto", positions=1, weights=7).weights == 7
 
 
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_files_that_an_index_does_not_name_do_not_count(kind, tmp_path):
+    model = shutil.copytree(TINY / "tiny-l1", tmp_path / "model")
+    (model / "model.safetensors").rename(model / kind)
+    need = model_need(model, dtype="auto", positions=1)
+    (model / f"{kind}.index.json").write_text(json.dumps({"weight_map": {"a": kind}}))
+    for other in ("consolidated", "adapter_model"):
+        shutil.copy(model / kind, (model / other).with_suffix(Path(kind).suffix))
+    assert model_need(model, dtype="auto", positions=1) == need
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"text_config": [1]}, "text_config that is no JSON object"),
+        ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads = 0, wanted"),
+        ({"text_config": {"num_hidden_layers": "many"}}, "num_hidden_layers = many"),
+        ({"text_config": {"hidden_size": [8]}}, "hidden_size"),
+        ({"text_config": {"vocab_size": float("inf")}}, "vocab_size = inf"),
+    ],
+)
+def test_a_configuration_of_other_types_is_refused_by_name(wrong, words, tmp_path):
+    model = shutil.copytree(TINY / "tiny-l1", tmp_path / "model")
+    (model / "config.json").write_text(json.dumps(wrong))
+    with pytest.raises(ConfigError, match=words):
+        model_need(model, dtype="auto", positions=1)
+
+
 def test_pickled_weights_count_by_size(tmp_path):
     model = shutil.copytree(TINY / "tiny-l1", tmp_path / "model")
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
@@ -83,7 +114,9 @@ def test_pickled_weights_count_by_size(tmp_path):
         ([gpu(16), gpu(16)], 2, "pass", ""),
         ([gpu(80, free=4)], 1, "fail", "free the GPU"),
         ([gpu(2)], 1, "fail", "a smaller teacher"),
-        ([gpu(21, free=19)], 1, "warn", "--tensor-parallel"),
+        ([gpu(21, free=20)], 1, "warn", "--tensor-parallel"),
+        ([gpu(80, free=40)], 1, "fail", "--engine-arg gpu_memory_utilization=0.48, or free the GPU"),
+        ([gpu(80, free=18)], 1, "fail", "free the GPU"),
         ([gpu(80), gpu(80, free=1)], 1, "pass", ""),
         ([gpu(None)], 1, "skip", ""),
     ],
@@ -92,6 +125,11 @@ def test_a_model_against_gpus(devices, parallel, status, cure):
     found = check_memory("seven", SEVEN, devices, free_ram=0, parallel=parallel)
     assert found.status == status, found
     assert cure in found.cure
+
+
+def test_a_total_that_is_unknown_is_skipped_not_taken_for_zero():
+    unknown = replace(gpu(free=70), total_bytes=None)
+    assert check_memory("seven", SEVEN, [unknown], free_ram=0, parallel=1).status == "skip"
 
 
 @pytest.mark.parametrize(("free", "status"), [(10 * GIB, "fail"), (64 * GIB, "pass")])
