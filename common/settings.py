@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
 from common.errors import ConfigError
+from common.home import expand_home, expand_homes
 
 DEFAULT_FILE = "cascache.toml"
 """Read from the working directory when it is there and no other file is named."""
@@ -73,7 +74,7 @@ def read_table(path: str | None, section: str) -> dict[str, Any]:
     Raises:
         ConfigError: The named file is missing, or is not TOML.
     """
-    file = Path(path or DEFAULT_FILE)
+    file = Path(expand_home(path or DEFAULT_FILE))
     if not file.exists():
         if path is None:
             return {}
@@ -149,13 +150,13 @@ def _refuse_unknown(model: type[BaseModel], table: Mapping[str, Any], file: str,
 
 
 def validate_settings(model: type[Model], values: Mapping[str, Any], prog: str) -> Model:
-    """Settings from values by name.
+    """Settings from values by name, a home directory in their paths expanded.
 
     Raises:
         ConfigError: Names every invalid flag, its value and the reason.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(expand_homes(values))
     except ValidationError as error:
         problems = []
         for problem in error.errors(include_url=False):
