@@ -131,11 +131,12 @@ def _image_positions(found: dict[str, Any], max_len: int) -> str:
 
 def _bad_samples(found: dict[str, Any]) -> str:
     reasons = found["by_reason"]
+    looked = f"{found['rendered']:,} of them under the chat template; images were not decoded"
     if not reasons:
-        return f"no bad sample among {found['checked']:,} (images were not decoded)"
+        return f"no bad sample among {found['checked']:,} ({looked})"
     counted = ", ".join(f"{count} × {reason}" for reason, count in reasons.items())
     return (
-        f"{sum(reasons.values())} bad samples among {found['checked']:,} (images were not decoded): "
+        f"{sum(reasons.values())} bad samples among {found['checked']:,} ({looked}): "
         f"{counted}; the first: {found['first']}"
         + ("\n  that is more than --max-quarantine allows: the dump would stop" if found["stops"] else "")
     )
