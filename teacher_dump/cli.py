@@ -114,6 +114,8 @@ def _sentence(result: dict[str, Any]) -> str:
         f"  size about {result['size_bytes'] / 1e6:,.1f} MB{room}, time {time}",
         f"  {_bad_samples(result['bad_samples'])}",
     ]
+    if not result["weights"]:
+        lines.append(f"note: {result['directory']} has no weights (*.safetensors, *.bin); a dump needs them")
     if result["image_positions"]:
         lines.insert(2, f"  {_image_positions(result['image_positions'], result['max_len'])}")
     if "trial" in result:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -324,6 +325,19 @@ def test_a_dry_run_counts_bad_samples(
     assert main([*arguments, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert f"no bad sample among {NUM_SAMPLES} ({NUM_SAMPLES} of them under the chat template; images" in said
+
+
+def test_a_dry_run_notes_a_directory_without_weights(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole = Path(arguments[arguments.index("--model") + 1])
+    bare = shutil.copytree(whole, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
+    for model, weights in ((whole, True), (bare, False)):
+        given = [*arguments, "--model", str(model), "--dry-run"]
+        assert main([*given, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["weights"] == weights
+        assert main(given) == 0
+        assert (f"note: {model} has no weights" in capsys.readouterr().out) != weights
 
 
 @pytest.mark.parametrize("asks", [False, True])
