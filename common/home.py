@@ -1,9 +1,9 @@
 """A home directory at the start of a path: what the shell expands when nothing is quoted.
 
-    --out ~/l1         the shell expands it
-    --out "~/l1"       here
-    --cache=~/l1       here: a shell leaves it alone
-    "~nobody/l1"       stays as it is where there is no such user, as in a shell
+--out ~/l1         the shell expands it
+--out "~/l1"       here
+--cache=~/l1       here: a shell leaves it alone
+"~nobody/l1"       stays as it is where there is no such user, as in a shell
 """
 
 from collections.abc import Mapping

@@ -158,8 +158,17 @@ def validate_settings(model: type[Model], values: Mapping[str, Any], prog: str) 
     try:
         return model.model_validate(expand_homes(values))
     except ValidationError as error:
-        problems = []
-        for problem in error.errors(include_url=False):
-            flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            problems.append(f"{flag}: {problem['msg']} (found {problem['input']!r})")
+        problems = map(_tell, error.errors(include_url=False))
         raise ConfigError(f"{'; '.join(problems)}; see {prog} --help") from error
+
+
+def _tell(problem: Mapping[str, Any]) -> str:
+    """One of pydantic's problems: the flag, the reason, and what was found where that is not quoted in it."""
+    said, found = str(problem["msg"]).removeprefix("Value error, "), problem["input"]
+    if not problem["loc"]:  # the whole model: what was found is every setting
+        return said
+    flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+    own = problem["type"] == "value_error"
+    quoted = own and any(repr(each) in said for each in (found if isinstance(found, tuple) else [found]))
+    said = said if said.startswith(f"{flag} ") else f"{flag}: {said}"
+    return said if quoted else f"{said} (found {found!r})"

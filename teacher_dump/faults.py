@@ -46,9 +46,7 @@ class Faults:
         }
 
 
-def find_faults(
-    source: SampleSource, indices: NDArray[np.int64], processor: Any, *, asks: bool
-) -> Faults:
+def find_faults(source: SampleSource, indices: NDArray[np.int64], processor: Any, *, asks: bool) -> Faults:
     """Look at every sample, or at 100,000 evenly spaced ones; render 2,000 of them, evenly spaced too.
 
     Args:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from common.cache.verify import verify
 from common.record import Record, TopK, VisualRecord
 from student_train.cli import main as student_main
 from teacher_dump import faults
-from teacher_dump.cli import main
+from teacher_dump.cli import _sentence, main
+from teacher_dump.config import DumpConfig
 from teacher_dump.start import QUIET_LOGGERS
 from tests import tiny_families
 from tests.teacher_dump.dump_job import (
@@ -327,6 +329,17 @@ def test_a_dry_run_counts_bad_samples(
     assert f"no bad sample among {NUM_SAMPLES} ({NUM_SAMPLES} of them under the chat template; images" in said
 
 
+def test_the_next_command_can_be_pasted_and_sets_the_processor_alike():
+    config = DumpConfig(chat_template="my chat.jinja", max_pixels=1003520)
+    result = {"cache": "my zarr/l1", "parts": 1, "dumped": 1, "quarantined": 0}
+    line = _sentence(result, config).splitlines()[-1]
+    assert shlex.split(line.removeprefix("next: ")) == [
+        *("student-train", "--cache", "my zarr/l1"),
+        *("--chat-template", "my chat.jinja", "--max-pixels", "1003520"),
+    ]
+    assert _sentence(result | {"cache": "l1"}, DumpConfig()).endswith("next: student-train --cache l1")
+
+
 def test_a_dry_run_notes_a_directory_without_weights(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -377,9 +390,7 @@ def test_a_dry_run_of_large_data_renders_evenly_spaced_samples(
     monkeypatch.setattr("teacher_dump.faults._MOST_RENDERED", 5)
     rendered: list[str] = []
     real = faults.render
-    monkeypatch.setattr(
-        faults, "render", lambda *given: rendered.append(given[1].sample_id) or real(*given)
-    )
+    monkeypatch.setattr(faults, "render", lambda *given: rendered.append(given[1].sample_id) or real(*given))
     assert main([*arguments, "--dry-run", "--json", "--shuffle-seed", "1", "--limit", "21"]) == 0
     found = json.loads(capsys.readouterr().out)["bad_samples"]
     assert (found["checked"], found["rendered"]) == (21, 5)
