@@ -97,7 +97,7 @@ def test_a_teachers_family_is_known_by_its_name_or_by_its_type(name, model_type,
 
 def test_a_runs_directory_names_its_model(tmp_path):
     (tmp_path / "run.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ConfigError, match="a run that is not finished: .*student-train command again"):
+    with pytest.raises(ConfigError, match=r"a run that is not finished: .*student-train command again"):
         resolve_model(str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
