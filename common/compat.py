@@ -29,8 +29,8 @@ Verdict = Literal["fits", "fits with a note", "does not fit"]
 
 _CURES: Final = {
     "tokenizer": "choose a student of the teacher's family, or dump with a teacher of the student's",
-    "chat_template": "give the student the teacher's with --chat-template chat_template.jinja, or dump with "
-    "the student's",
+    "chat_template": "give the student the file that the dump was given (--chat-template), or without "
+    "one the teacher's own chat_template.jinja; or dump with the student's",
     "image_processor": "give the student the teacher's image settings, dump with the student's, or train on "
     "the student's own positions (--image-grid own)",
 }

@@ -151,8 +151,10 @@ class Page:
         """What a template does that neither shows the answer as it is nor leaves the rest alone."""
         number = shown.count(self.mark)
         if number != 1:
-            times = "not at all, or changed" if number == 0 else f"{number} times"
-            return f"writes the answer {answer[:_SHOWN]!r} {times}; {CURE}"
+            what = repr(answer[:_SHOWN])
+            if number == 0:
+                return f"leaves the answer {what} out, or changes it; {CURE}"
+            return f"writes the answer {what} {number} times; {CURE}"
         before, _, after = shown.partition(self.mark)
         written = self.text.removeprefix(before).removesuffix(after)
         if before + written + after != self.text:

@@ -153,6 +153,8 @@ def _of_preset(name: str, preset: Preset) -> ModelRef:
 def _of_directory(name: str, path: Path) -> ModelRef:
     config = path / "config.json"
     if not config.is_file():
+        if (path / "run.json").is_file():
+            raise ConfigError(_of_run(path))
         raise ConfigError(
             f"{path} is no model: found no config.json in it; "
             f"wanted a directory written by save_pretrained, a preset ({', '.join(PRESETS)}) or a hub id"
@@ -165,6 +167,16 @@ def _of_directory(name: str, path: Path) -> ModelRef:
         ) from error
     return ModelRef(
         name, str(path.absolute()), None, _family_of_path(path) or _family_of_type(str(model_type))
+    )
+
+
+def _of_run(path: Path) -> str:
+    """What to give in place of a run's directory."""
+    if (path / "model" / "config.json").is_file():
+        return f"{path} is a run's directory, not a model; give {path / 'model'}"
+    return (
+        f"{path} is the directory of a run that is not finished: it has no {path / 'model'} yet; "
+        "run its student-train command again to finish it"
     )
 
 

@@ -192,7 +192,8 @@ def _refusal(processor: Any, flag: str) -> str:
     governs = "nothing that can be set" if name is None else f"{name} = {_shown(getattr(images, name))}"
     return (
         f"{flag} has no meaning for {type(processor).__name__}: its images follow from {governs} in "
-        f"preprocessor_config.json, not from a number of pixels; omit {flag}, or change that setting in "
+        f"processor_config.json or preprocessor_config.json, not from a number of pixels; omit {flag}, or "
+        "change that setting in "
         "copies of the models of teacher and student"
     )
 

@@ -85,7 +85,8 @@ def load_processor(
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
             f"{path} has no processor that transformers can load ({error}); point at a vision-language "
-            "model directory with tokenizer, chat template and preprocessor_config.json"
+            "model directory with tokenizer, chat template, and processor_config.json or "
+            "preprocessor_config.json"
         ) from error
     options = options or ProcessorOptions()
     apply_options(processor, options)

@@ -125,7 +125,7 @@ def check_template(processor: Any, name: str) -> None:
     Raises:
         ConfigError: It is no Jinja template, fails on all of several, or renders nothing.
     """
-    _probe(name, lambda sample: render_messages(processor, to_messages(sample), name))
+    _probe(name, lambda sample: render_messages(processor, to_messages(sample), sample.sample_id))
 
 
 def check_answers(processor: Any, name: str) -> None:
@@ -141,7 +141,7 @@ def _probe(name: str, action: Callable[[Sample], object]) -> None:
     problems = []
     for turns in _PROBES:
         try:
-            action(Sample(sample_id=name, turns=turns))
+            action(Sample(sample_id=f"{name}, in a test conversation", turns=turns))
             return
         except DataError as error:
             problems.append(error)

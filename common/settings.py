@@ -16,7 +16,8 @@ from typing import Any, TypeVar, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 
-from common.errors import ConfigError
+from common.errors import ConfigError, quote
+from common.home import expand_home, expand_homes
 
 DEFAULT_FILE = "cascache.toml"
 """Read from the working directory when it is there and no other file is named."""
@@ -75,7 +76,7 @@ def read_table(path: str | None, section: str) -> dict[str, Any]:
     Raises:
         ConfigError: The named file is missing, or is not TOML.
     """
-    file = Path(path or DEFAULT_FILE)
+    file = Path(expand_home(path or DEFAULT_FILE))
     if not file.exists():
         if path is None:
             return {}
@@ -151,22 +152,25 @@ def _refuse_unknown(model: type[BaseModel], table: Mapping[str, Any], file: str,
 
 
 def validate_settings(model: type[Model], values: Mapping[str, Any], prog: str) -> Model:
-    """Settings from values by name.
+    """Settings from values by name, a home directory in their paths expanded.
 
     Raises:
         ConfigError: Names every invalid flag, its value and the reason.
     """
     try:
-        return model.model_validate(values)
+        return model.model_validate(expand_homes(values))
     except ValidationError as error:
-        problems = []
-        for problem in error.errors(include_url=False):
-            flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
-            problems.append(f"{flag}: {problem['msg']} (found {_shown(problem['input'])})")
+        problems = map(_tell, error.errors(include_url=False))
         raise ConfigError(f"{'; '.join(problems)}; see {prog} --help") from error
 
 
-def _shown(value: object) -> str:
-    """A value in full, unless it would fill the terminal."""
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+def _tell(problem: Mapping[str, Any]) -> str:
+    """One of pydantic's problems: the flag, the reason, and what was found where that is not quoted in it."""
+    said, found = str(problem["msg"]).removeprefix("Value error, "), problem["input"]
+    if not problem["loc"]:  # the whole model: what was found is every setting
+        return said
+    flag = "--" + "-".join(str(part) for part in problem["loc"]).replace("_", "-")
+    own = problem["type"] == "value_error"
+    quoted = own and any(repr(each) in said for each in (found if isinstance(found, tuple) else [found]))
+    said = said if said.startswith(f"{flag} ") else f"{flag}: {said}"
+    return said if quoted else f"{said} (found {quote(found, _MOST_SHOWN)})"

@@ -53,7 +53,7 @@ def weights_sha256(directory: Path) -> str:
     Raises:
         ConfigError: The directory holds no weight file.
     """
-    files = sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+    files = weight_files(directory)
     if not files:
         raise ConfigError(f"{directory} holds no *.safetensors or *.bin weights; is it a model directory?")
     memory = _memory_file() if sum(each.stat().st_size for each in files) >= WORTH_BYTES else None
@@ -65,6 +65,11 @@ def weights_sha256(directory: Path) -> str:
     if memory is not None and files_state(files) == before and _settled(files):
         _remember(memory, before, digest)
     return digest
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """A model directory's weight files, in name order."""
+    return sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
 
 
 def hash_weights(files: Sequence[Path]) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 from common.console import escape_unprintable
 from common.errors import CascacheError, tell_os_error
 from common.extras import tell_missing_module
+from common.home import expand_homes
 from common.settings import load_settings
 from student_train.config import EvalConfig, TrainConfig
 
@@ -93,7 +94,7 @@ def _write_page(arguments: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", help="run directories, as --out named them")
     parser.add_argument("--out", help="the page; default: report.html in the first run's directory")
-    chosen = parser.parse_args(arguments)
+    chosen = argparse.Namespace(**expand_homes(vars(parser.parse_args(arguments))))
     from student_train.report import write_report
 
     out = write_report(chosen.runs, Path(chosen.out or Path(chosen.runs[0]) / "report.html"))

@@ -79,7 +79,7 @@ class Sampler(ABC):
         if not self.num_samples:
             raise ConfigError(
                 f"stage {stage.name!r} wants kinds {list(stage.kinds) or 'any'}, {where} has "
-                f"{sorted(labels)}; fix the recipe"
+                f"{_tell_kinds(cache.kinds)}"
             )
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
 
@@ -101,6 +101,15 @@ class Sampler(ABC):
     @abstractmethod
     def steps_of(self, epochs: float) -> int:
         """Return how many steps so many passes over the data take; at least one."""
+
+
+def _tell_kinds(kinds: Sequence[str | None]) -> str:
+    """What kinds a cache has, and what to do about a stage that wants others."""
+    named = sorted({kind for kind in kinds if kind is not None})
+    if None not in kinds:
+        return f"{named}; fix the recipe"
+    found = f"{named} and samples without a kind" if named else "samples without a kind"
+    return f"{found}; set kinds = [] in the stage, or give samples a kind"
 
 
 class SizeSampler(Sampler):

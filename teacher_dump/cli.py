@@ -1,13 +1,16 @@
 """The command `teacher-dump`: read the settings, hand over, say what came of it."""
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from common.console import escape_unprintable
 from common.errors import CascacheError, tell_os_error
 from common.extras import tell_missing_module
+from common.processor import ProcessorOptions
 from common.settings import load_settings
 from teacher_dump.config import AuditConfig, DumpConfig
 from teacher_dump.environment import prepare_environment
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("stopped; sealed parts are kept, nothing is half written; run the same command again to resume")
         return EXIT_INTERRUPTED
-    print(json.dumps(result) if config.json_ else _sentence(result))
+    print(json.dumps(result) if config.json_ else _sentence(result, config))
     return 0
 
 
@@ -96,13 +99,13 @@ def _say(line: str) -> None:
     print(f"teacher-dump: {line}", file=sys.stderr, flush=True)
 
 
-def _sentence(result: dict[str, Any]) -> str:
+def _sentence(result: dict[str, Any], config: DumpConfig) -> str:
     if "size_bytes" not in result:
         lost = f", reasons in {result['quarantine']}" if result["quarantined"] else ""
         return (
             f"{result['cache']}: {result['parts']} parts ({result['dumped']} dumped now), "
             f"{result['quarantined']} samples quarantined{lost}\n"
-            f"next: student-train --cache {result['cache']}"
+            f"next: {_next_command(result['cache'], config)}"
         )
     seconds, free = result["seconds"], result["disk_free_bytes"]
     time = "unknown" if seconds is None else f"about {seconds:,.0f} s"
@@ -114,11 +117,22 @@ def _sentence(result: dict[str, Any]) -> str:
         f"  size about {result['size_bytes'] / 1e6:,.1f} MB{room}, time {time}",
         f"  {_bad_samples(result['bad_samples'])}",
     ]
+    if not result["weights"]:
+        lines.append(f"note: {result['directory']} has no weights (*.safetensors, *.bin); a dump needs them")
     if result["image_positions"]:
         lines.insert(2, f"  {_image_positions(result['image_positions'], result['max_len'])}")
     if "trial" in result:
         lines += [f"  {_trial(result['trial'])}"]
     return "\n".join(lines)
+
+
+def _next_command(cache: str, config: DumpConfig) -> str:
+    """The training of this level, with the processor set as it was here."""
+    given = {name: getattr(config, name) for name in ProcessorOptions.model_fields}
+    options = {
+        f"--{name.replace('_', '-')}": str(value) for name, value in given.items() if value is not None
+    }
+    return shlex.join(["student-train", "--cache", cache, *chain.from_iterable(options.items())])
 
 
 def _image_positions(found: dict[str, Any], max_len: int) -> str:
@@ -131,11 +145,12 @@ def _image_positions(found: dict[str, Any], max_len: int) -> str:
 
 def _bad_samples(found: dict[str, Any]) -> str:
     reasons = found["by_reason"]
+    looked = f"{found['rendered']:,} of them under the chat template; images were not decoded"
     if not reasons:
-        return f"no bad sample among {found['checked']:,} (images were not decoded)"
+        return f"no bad sample among {found['checked']:,} ({looked})"
     counted = ", ".join(f"{count} × {reason}" for reason, count in reasons.items())
     return (
-        f"{sum(reasons.values())} bad samples among {found['checked']:,} (images were not decoded): "
+        f"{sum(reasons.values())} bad samples among {found['checked']:,} ({looked}): "
         f"{counted}; the first: {found['first']}"
         + ("\n  that is more than --max-quarantine allows: the dump would stop" if found["stops"] else "")
     )

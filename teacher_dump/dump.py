@@ -128,7 +128,8 @@ def preview(
     """
     config = config.model_copy(update={"out": choose_out(config.out, None)})
     found = describe(config, teacher, plan, plan.todo(frozenset()), preparer, source)
-    faults = find_faults(source, plan.order, asks=config.teacher_answers)
+    found["weights"], found["directory"] = teacher.has_weights, str(teacher.path)
+    faults = find_faults(source, plan.order, teacher.processor, asks=config.teacher_answers)
     stops = sum(faults.counts.values()) > config.max_quarantine * faults.checked
     found["bad_samples"] = faults.to_json() | {"stops": stops}
     if config.sample_estimate is not None:

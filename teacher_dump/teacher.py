@@ -15,6 +15,7 @@ from common.errors import ConfigError, EngineError
 from common.fingerprint import config_sha256, weights_sha256
 from common.models import ModelRef
 from common.processor import ProcessorOptions, load_processor
+from common.weights_digest import weight_files
 from schemas.manifest import Manifest, TeacherIdentity
 
 _CPU_FLOPS = 2e10
@@ -69,6 +70,11 @@ class Teacher:
             config_sha256=config_sha256(self.path),
             engine=dict(engine),
         )
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its weights are in its directory, or can be fetched from the hub."""
+        return self.ref.revision is not None or bool(weight_files(self.path))
 
     def rate(self) -> float | None:
         """Positions a second, guessed from the weights' size and the device; None without weights."""

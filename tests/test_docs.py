@@ -14,6 +14,8 @@ from common.data.shapes import write_shapes
 from common.doctor.check import CHECKS
 from common.models import TINY
 from teacher_dump.doctor.agreement import TOLERANCES
+from teacher_dump.isolate import ENGINE_KILLED
+from teacher_dump.request import ROWS_MISSING
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(
@@ -94,3 +96,34 @@ def test_the_gpu_page_states_the_tolerances():
     rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in page.splitlines()]
     told = {row[0]: tuple(map(float, row[1:])) for row in rows if row and row[0] in TOLERANCES}
     assert told == TOLERANCES
+
+
+def test_the_data_page_explains_every_reason():
+    root = DOCS.parent
+    files = [*(root / "common").rglob("*.py"), *(root / "teacher_dump").rglob("*.py")]
+    named = {
+        word
+        for file in files
+        for word in re.findall(r'\breason(?:: str)? ?= ?"([a-z-]+)"', file.read_text("utf-8"))
+    }
+    apart = {ENGINE_KILLED, ROWS_MISSING, "not-finite", "image-mismatch", "prompt-mismatch", "banned-token"}
+    cells = [
+        line.split("|")[1] for line in (DOCS / "data.md").read_text("utf-8").splitlines() if line[:1] == "|"
+    ]
+    told = {word for cell in cells for word in re.findall(r"`([a-z-]+)`", cell)}
+    assert {"template", "image-missing", "empty"} <= named
+    assert (named | apart) - told - {"data"} == set()
+
+
+def test_the_entries_of_the_data_page_are_read(tmp_path):
+    page = (DOCS / "data.md").read_text("utf-8")
+    samples = []
+    for match in BLOCK.finditer(page):
+        file = tmp_path / f"data.{match['language']}"
+        file.write_text(match["code"], "utf-8")
+        samples += list(open_source(str(file)))
+    assert [(each.sample_id, each.kind, len(each.images)) for each in samples] == [
+        ("a", "caption", 1),
+        ("b", None, 2),
+        ("c", None, 0),
+    ]

@@ -15,6 +15,7 @@ from common.console import escape_unprintable
 from common.doctor import cli as doctor
 from common.errors import CascacheError, tell_os_error
 from common.extras import tell_missing_module
+from common.home import expand_homes
 
 GROUPS = (cli_inspect, cli_look, cli_size, cli_transfer, cli_trust, doctor)
 """Modules that register commands, in the order that `--help` lists them."""
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == [doctor.NAME]:
         return doctor.main(given[1:])
-    arguments = build_parser().parse_args(given)
+    arguments = argparse.Namespace(**expand_homes(vars(build_parser().parse_args(given))))
     try:
         code, answer = arguments.run(arguments)
     except CascacheError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.cache.store import LocalStore, Store
 from common.errors import ConfigError
+from common.home import expand_home
 
 Place = Store | Path | str
 """Where a cache is: its store, directory or URL."""
@@ -66,7 +67,7 @@ def open_store(path: str, *, copied: bool = True) -> Store:
             would be read as another place.
     """
     if "://" not in path:
-        return LocalStore(Path(path))
+        return LocalStore(Path(expand_home(path)))
     if path.startswith("file://"):
         return LocalStore(Path(path.removeprefix("file://")))
     _check_url(path)

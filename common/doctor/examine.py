@@ -109,7 +109,8 @@ def _all_checks(
     }
     refs = [ref for ref in (teacher, student) if ref is not None]
     found["hub-cache"] = _hub_cache(refs)
-    found["hub"] = check_hub(refs)
+    chosen = student if config.student is None else None
+    found["hub"] = check_hub([ref for ref in refs if ref is not chosen], chosen=chosen, quick=config.quick)
     yield from (found[name] for name in CHECKS["host"] if name in found)
     yield from run_child(
         "common.doctor.prompts",

@@ -57,13 +57,34 @@ def is_offline(environment: Mapping[str, str] = os.environ) -> bool:
     )
 
 
-def check_hub(refs: Sequence[ModelRef], environment: Mapping[str, str] = os.environ) -> Check:
+def check_hub(
+    refs: Sequence[ModelRef],
+    environment: Mapping[str, str] = os.environ,
+    *,
+    chosen: ModelRef | None = None,
+    quick: bool = False,
+) -> Check:
     """Whether the models that come from the hub are here or can be fetched; asks the network only for those.
 
     Args:
-        refs: Teacher and student.
+        refs: Teacher, and the student where it was named.
         environment: Of the process.
+        chosen: The student, where it was not named: that it is absent is no fault of what was asked for.
+        quick: Whether no model is loaded, so that a student that was not named is not needed.
     """
+    found = _check_hub(refs if chosen is None else [*refs, chosen], environment)
+    if chosen is None or found.status != "fail":
+        return found
+    named = _check_hub(refs, environment)
+    if named.status == "fail":
+        return named
+    said = f"{found.found} (the default student of {refs[0].name}; choose one with --student)"
+    if quick:
+        return Check("hub", "skip", f"{said}; --quick loads no model", values=found.values)
+    return replace(found, status="warn", found=said)
+
+
+def _check_hub(refs: Sequence[ModelRef], environment: Mapping[str, str]) -> Check:
     wanted = [ref for ref in refs if ref.revision is not None]
     if not wanted:
         return Check("hub", "pass", "not needed: the models are directories", values={"asked": False})

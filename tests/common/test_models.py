@@ -93,3 +93,13 @@ def test_malformed_names_list_the_presets(typed):
 )
 def test_a_teachers_family_is_known_by_its_name_or_by_its_type(name, model_type, family):
     assert family_of_teacher(name, model_type) == family
+
+
+def test_a_runs_directory_names_its_model(tmp_path):
+    (tmp_path / "run.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"a run that is not finished: .*student-train command again"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"is a run's directory, not a model; give {tmp_path / 'model'}$"):
+        resolve_model(str(tmp_path))

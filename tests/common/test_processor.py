@@ -80,7 +80,10 @@ def test_a_template_that_refuses_some_conversations_is_not(template: Path):
 
 def test_a_template_that_changes_a_plain_answer_is_refused_before_a_dump(template: Path):
     template.write_text(fit("title", "<image>"))
-    with pytest.raises(ConfigError, match=r"other.jinja: turn 1: .*found 'A Red Dog.', wanted 'a red dog.'"):
+    with pytest.raises(
+        ConfigError,
+        match=r"other.jinja, in a test conversation: turn 1: .*found 'A Red Dog.', wanted 'a red dog.'",
+    ):
         check_answers(load(template), "other.jinja")
 
 

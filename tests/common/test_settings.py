@@ -6,6 +6,7 @@ from pydantic import Field
 from common.errors import ConfigError
 from common.settings import load_settings
 from schemas.base import Frozen
+from teacher_dump.config import DumpConfig
 
 
 class Settings(Frozen):
@@ -91,6 +92,30 @@ def test_broken_toml_says_where(tmp_path):
 
 def test_a_value_out_of_range_names_the_flag():
     with pytest.raises(ConfigError, match=r"--topk: .*greater than or equal to 1.*'0'"):
+        load(["--topk", "0"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--sampling", "random", "--topk-mass", "0.5"], "--topk-mass goes with --sampling topk only"),
+        (["--engine-arg", "nonsense"], "--engine-arg 'nonsense' is not key=value"),
+        (
+            ["--max-pixels", "big"],
+            "--max-pixels: wanted a number of pixels such as 1003520 or 1.3MP, found 'big'",
+        ),
+    ],
+)
+def test_a_refused_setting_is_told_once_and_without_the_librarys_words(argv, message):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(DumpConfig, argv, prog="bake")
+    assert str(caught.value) == f"{message}; see bake --help"
+
+
+def test_what_the_reason_does_not_quote_is_quoted():
+    with pytest.raises(
+        ConfigError, match=r"^--topk: Input should be greater than or equal to 1 \(found '0'\);"
+    ):
         load(["--topk", "0"])
 
 

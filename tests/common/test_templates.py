@@ -232,7 +232,7 @@ REFUSED = {
     "hides": (
         CHATML.replace("part.text", "part.text[:4]"),
         answers("what?", "a red dog"),
-        "'a red dog' not at",
+        "leaves the answer 'a red dog' out, or changes it",
     ),
     "repeats": (
         CHATML + "{{ messages[-1].content[0].text }}",

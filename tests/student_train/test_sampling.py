@@ -77,6 +77,19 @@ def test_kinds_that_are_not_there_are_refused():
         sampler(kinds=("video",))
 
 
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [([None] * 26, "samples without a kind"), (["qa", None] * 13, "['qa'] and samples without a kind")],
+)
+def test_kinds_wanted_of_samples_without_any_are_refused_with_what_to_do(kinds, found):
+    stage = STAGES["tiny"]["sft"].model_copy(update={"kinds": ("video",)})
+    cache = SimpleNamespace(kinds=kinds, block_offsets=CACHE.block_offsets, num_tokens=LENGTHS)
+    with pytest.raises(ConfigError) as caught:
+        make_sampler(cache, stage, seed=1, window_blocks=2, where="l1")
+    cure = "set kinds = [] in the stage, or give samples a kind"
+    assert str(caught.value) == f"stage 'sft' wants kinds ['video'], l1 has {found}; {cure}"
+
+
 def test_positions_are_rising_distinct_and_indexed():
     chosen = choose_positions(36, 8, seed=3, epoch=1, sample=5, image=0)
     assert len(set(chosen.tolist())) == 8

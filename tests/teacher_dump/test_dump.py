@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +18,9 @@ from common.cache.reader import CacheReader
 from common.cache.verify import verify
 from common.record import Record, TopK, VisualRecord
 from student_train.cli import main as student_main
-from teacher_dump.cli import main
+from teacher_dump import faults
+from teacher_dump.cli import _sentence, main
+from teacher_dump.config import DumpConfig
 from teacher_dump.start import QUIET_LOGGERS
 from tests import tiny_families
 from tests.teacher_dump.dump_job import (
@@ -321,7 +325,76 @@ def test_a_dry_run_counts_bad_samples(
     assert "2 × image-marks" in said
     assert "nowhere.png" in said
     assert main([*arguments, "--dry-run"]) == 0
-    assert f"no bad sample among {NUM_SAMPLES}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"no bad sample among {NUM_SAMPLES} ({NUM_SAMPLES} of them under the chat template; images" in said
+
+
+def test_the_next_command_can_be_pasted_and_sets_the_processor_alike():
+    config = DumpConfig(chat_template="my chat.jinja", max_pixels=1003520)
+    result = {"cache": "my zarr/l1", "parts": 1, "dumped": 1, "quarantined": 0}
+    line = _sentence(result, config).splitlines()[-1]
+    assert shlex.split(line.removeprefix("next: ")) == [
+        *("student-train", "--cache", "my zarr/l1"),
+        *("--chat-template", "my chat.jinja", "--max-pixels", "1003520"),
+    ]
+    assert _sentence(result | {"cache": "l1"}, DumpConfig()).endswith("next: student-train --cache l1")
+
+
+def test_a_dry_run_notes_a_directory_without_weights(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    whole = Path(arguments[arguments.index("--model") + 1])
+    bare = shutil.copytree(whole, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors*"))
+    for model, weights in ((whole, True), (bare, False)):
+        given = [*arguments, "--model", str(model), "--dry-run"]
+        assert main([*given, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["weights"] == weights
+        assert main(given) == 0
+        assert (f"note: {model} has no weights" in capsys.readouterr().out) != weights
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_dry_run_counts_what_the_chat_template_refuses(
+    asks: bool, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    file = write_data(tmp_path / "other")
+    entries = json.loads(file.read_text())
+    entries[3]["conversations"][1]["value"] = "two of them  "
+    entries[5]["conversations"][1]["value"] = "two <|im_end|> and more"
+    entries[7]["conversations"] *= 2
+    entries[7]["conversations"][2] = {"from": "human", "value": "a forbidden word"}
+    file.write_text(json.dumps(entries))
+    template = tmp_path / "trims.jinja"
+    template.write_text(_TRIMS)
+    given = [*arguments, "--data", str(file), "--chat-template", str(template), "--dry-run"]
+    given += ["--responses", "teacher"] if asks else []
+    assert main([*given, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["bad_samples"]
+    assert found["by_reason"] == ({"template": 1} if asks else {"end-of-turn": 1, "template": 2})
+    assert main(given) == 0
+    assert "bad samples among" in capsys.readouterr().out
+
+
+_TRIMS = (
+    "{% for turn in messages %}<|im_start|>{{ turn.role }}\n{% for part in turn.content %}"
+    "{% if part.type == 'image' %}<image>\n{% else %}"
+    "{% if 'forbidden' in part.text %}{{ raise_exception('no') }}{% endif %}{{ part.text | trim }}"
+    "{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_dry_run_of_large_data_renders_evenly_spaced_samples(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("teacher_dump.faults._MOST_RENDERED", 5)
+    rendered: list[str] = []
+    real = faults.render
+    monkeypatch.setattr(faults, "render", lambda *given: rendered.append(given[1].sample_id) or real(*given))
+    assert main([*arguments, "--dry-run", "--json", "--shuffle-seed", "1", "--limit", "21"]) == 0
+    found = json.loads(capsys.readouterr().out)["bad_samples"]
+    assert (found["checked"], found["rendered"]) == (21, 5)
+    assert len(set(rendered)) == 5
 
 
 @pytest.mark.slow

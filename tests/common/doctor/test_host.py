@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -223,6 +224,23 @@ def test_the_hub_is_asked_only_for_what_is_not_here(tmp_path, address):
     assert find_directory(HUB_MODEL, hub_cache(nowhere)) == snapshot
     found = check_hub([HUB_MODEL], nowhere)
     assert (found.status, found.values) == ("pass", {"asked": False})
+
+
+def test_an_absent_student_that_nobody_named_is_a_warning(tmp_path, address):
+    local = resolve_model("tiny")
+    nowhere = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    found = check_hub([local], nowhere, chosen=HUB_MODEL)
+    assert found.status == "warn"
+    assert found.found.endswith("(the default student of tiny; choose one with --student)")
+    assert HUB_MODEL.path_or_id in found.found
+    assert check_hub([local], nowhere, chosen=HUB_MODEL, quick=True).status == "skip"
+    assert check_hub([local, HUB_MODEL], nowhere, quick=True).status == "fail"
+    reachable = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": address}
+    assert check_hub([local], reachable, chosen=HUB_MODEL).status == "pass"
+    teacher = replace(HUB_MODEL, path_or_id="owner/teacher")
+    failed = check_hub([teacher], nowhere, chosen=HUB_MODEL)
+    assert failed.status == "fail"
+    assert HUB_MODEL.path_or_id not in failed.found
 
 
 def test_every_host_check_is_listed_where_its_part_is(tmp_path):
