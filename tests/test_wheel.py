@@ -87,7 +87,7 @@ def run(bare: Path, command: str, where: Path) -> subprocess.CompletedProcess[st
 
 
 def test_the_environment_has_no_extra(bare, tmp_path):
-    for module in ("torch", "transformers", "vllm", "zarr", "obstore", "cryptography"):
+    for module in ("torch", "transformers", "vllm", "obstore", "cryptography"):
         done = run(bare, f"python -c __import__('{module}')", tmp_path)
         assert f"No module named '{module}'" in done.stderr
 

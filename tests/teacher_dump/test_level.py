@@ -1,14 +1,14 @@
 """A dump without `--out` finds its own level: the first free one, or the one it was stopped in."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from common.cache.layout import identity_sha256
 from common.cache.writer import CacheWriter
 from common.errors import ConfigError
-from common.models import ModelRef
+from common.models import TINY, ModelRef
+from common.processor import load_processor
 from schemas.manifest import Capture
 from teacher_dump.arguments import check_arguments, telling_arguments
 from teacher_dump.config import DumpConfig
@@ -60,7 +60,7 @@ def test_a_quantisation_reaches_the_engine():
         ref=ModelRef("t", "t", None, "llava"),
         path=Path("t"),
         revision=None,
-        processor=SimpleNamespace(tokenizer=range(8)),
+        processor=load_processor(str(TINY / "tiny-l1")),
         model_type="llava",
         dtype="bfloat16",
         vocab_rows=8,
