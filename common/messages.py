@@ -65,7 +65,7 @@ def render_messages(processor: Any, messages: Messages, where: str, *, asks: boo
     try:
         text = str(
             processor.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=asks, strftime_now=_DAY.strftime
+                messages, tokenize=False, add_generation_prompt=asks, **_calendar(processor)
             )
         )
     except TemplateSyntaxError as error:
@@ -86,6 +86,12 @@ def render_messages(processor: Any, messages: Messages, where: str, *, asks: boo
             "text and image parts (--chat-template FILE)",
         )
     return text
+
+
+def _calendar(processor: Any) -> dict[str, Any]:
+    """The calendar of a template that asks for one; others may not be given it, or transformers warns."""
+    asks = "strftime_now" in str(processor.chat_template)
+    return {"strftime_now": _DAY.strftime} if asks else {}
 
 
 def _refuse(where: str, problem: str) -> DataError:

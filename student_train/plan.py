@@ -260,7 +260,7 @@ def open_level(path: str, config: TrainConfig) -> Level:
     data = config.data or recorded_path(found.path if found else None)
     if data is None:
         where = f"was dumped from {quote(found.path)}" if found else "does not say where its data is"
-        raise ConfigError(f"{path} {where}, which is no file here; name the data with --data")
+        raise ConfigError(f"{path} {where}, which is no file here; name it with --data")
     root = config.image_root or (found.image_root if found and config.data is None else None)
     source = open_source(data, image_root=root)
     known = set(source.sample_ids())

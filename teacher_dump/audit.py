@@ -208,7 +208,7 @@ def _open_data(config: AuditConfig, manifest: Manifest) -> SampleSource:
     data = config.data or recorded_path(found.path if found else None)
     if data is None:
         where = f"was dumped from {quote(found.path)}" if found else "does not record where its data is"
-        raise ConfigError(f"{config.cache} {where}, which is no file here; name the data with --data")
+        raise ConfigError(f"{config.cache} {where}, which is no file here; name it with --data")
     return open_source(data, image_root=config.image_root or (found.image_root if found else None))
 
 

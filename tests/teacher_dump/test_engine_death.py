@@ -108,7 +108,7 @@ def test_a_killed_engine_process_is_one_line_and_the_same_command_resumes(
     tiny_dir: Path, data: Path, whole: Path
 ):
     out = work_of(tiny_dir) / "deaths-killed"
-    arguments = [*command(tiny_dir, data, out), *OWN]
+    arguments = [*command(tiny_dir, data, out), *OWN, "--max-engine-restarts", "0"]
     process = start([*MODULE, *arguments])
     while not sealed_parts(out):
         assert process.poll() is None, finish(process)
