@@ -82,5 +82,7 @@ def shorten(text: str, limit: int = 400) -> str:
 
 def tell_os_error(error: OSError) -> str:
     """One line that describes an operating system error, for a command line."""
+    if error.errno is None:  # not of the system: libraries raise it with their own reasons
+        return shorten(str(error)) or type(error).__name__
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}; choose a place that exists, has room and can be written"

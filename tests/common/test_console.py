@@ -8,6 +8,7 @@ import pytest
 
 from common.data.open import open_source
 from common.data.shapes import write_shapes
+from common.errors import tell_os_error
 from common.models import TINY
 from scripts.plain_dump import dump_plain
 from tests.test_house import ROOT
@@ -48,3 +49,8 @@ def test_commands_print_what_the_terminal_lacks_as_escapes(cache, tmp_path, stre
         assert "Traceback" not in heard, (command, heard)
         assert done.returncode == (2 if str(cache / "→") in command else 0), (command, heard)
         assert heard.strip()
+
+
+def test_an_error_that_is_not_the_system_s_is_not_blamed_on_the_disk():
+    assert tell_os_error(OSError("Could not load this library: x.so")) == "Could not load this library: x.so"
+    assert "choose a place" in tell_os_error(FileNotFoundError(2, "No such file or directory", "x"))
