@@ -165,7 +165,7 @@ def _cache_line(cache: str) -> str:
     seals = reader.seals.values()
     size = sum(file.size_bytes for seal in seals for file in seal.files.values())
     rows = sum(seal.num_response_rows + seal.num_visual_rows for seal in seals)
-    return f"{size / 1e6:.1f} MB, {rows:,} positions, {size / rows:.0f} bytes a position all in"
+    return f"{size / 1e6:.1f} MB, {rows:,} positions, {size / rows:.0f} bytes per position, all included"
 
 
 def _left(phase: str, caches: Mapping[str, str]) -> str:
