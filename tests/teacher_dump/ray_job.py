@@ -68,7 +68,7 @@ def working_actors() -> list[int]:
             raylet = (place.parent / "stat").read_text().rpartition(")")[2].split()[1]
             if mark in Path(f"/proc/{raylet}/environ").read_bytes().split(b"\0"):
                 titles[int(place.parent.name)] = place.read_bytes().decode(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:  # gone meanwhile, or not ours to read
             continue
     found = {
         pid: title for pid, title in titles.items() if title.startswith("ray::") and "PartActor" in title
