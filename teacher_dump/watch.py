@@ -22,10 +22,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
+from common.processes import process_started
+
 Answer = TypeVar("Answer")
 
 _LAST_WORDS_SECONDS = 3.0  # a process that fails sends its error first, and vLLM raises that one
-_STARTED = 22 - 3  # field 22 of /proc/PID/stat, counted behind the name in brackets
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def this_driver() -> Driver:
     """This process and the engine processes that it has started."""
     engines = [each.pid for each in engine_processes() if each.pid is not None]
     pid = os.getpid()
-    return Driver(pid, _started(pid), _boot(), {each: _started(each) for each in engines})
+    return Driver(pid, process_started(pid), _boot(), {each: process_started(each) for each in engines})
 
 
 def call_watched(action: Callable[[], Answer], processes: list[BaseProcess]) -> Answer:
@@ -123,19 +124,10 @@ def _hold(pid: int, started: int) -> int | None:
         held = os.pidfd_open(pid)
     except OSError:
         return None
-    if _started(pid) == started:
+    if process_started(pid) == started:
         return held
     os.close(held)
     return None
-
-
-def _started(pid: int) -> int:
-    """Ticks from the machine's start to the process's; 0 when it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
-    except OSError:
-        return 0
-    return int(stat.rpartition(")")[2].split()[_STARTED])
 
 
 def _boot() -> str:

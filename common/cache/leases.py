@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from common.processes import process_started
+
 FOREIGN_SECONDS: Final = 24 * 3600
 """Age at which files of another host's process count as abandoned."""
 
@@ -22,7 +24,7 @@ _MARK: Final = "~"
 
 def lease() -> str:
     """The ending of a name that this process makes."""
-    return f"{_MARK}{_host()}-{os.getpid()}-{_started(os.getpid())}"
+    return f"{_MARK}{_host()}-{os.getpid()}-{process_started(os.getpid())}"
 
 
 def is_left(path: Path) -> bool:
@@ -32,7 +34,7 @@ def is_left(path: Path) -> bool:
         return False
     host, process, started = fields
     if host == _host():
-        return _started(int(process)) != started
+        return str(process_started(int(process))) != started
     with suppress(OSError):
         return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
     return False
@@ -40,18 +42,3 @@ def is_left(path: Path) -> bool:
 
 def _host() -> str:
     return hashlib.blake2b(platform.node().encode(), digest_size=4).hexdigest()
-
-
-def _started(process: int) -> str:
-    """When a process of this host started, in the kernel's own count; empty where it is gone."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        pass
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        pass
-    return "0"
